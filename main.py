@@ -1,0 +1,1921 @@
+"""Trains MnasNet on ImageNet, or on any folder of images, on Ascend NPUs, NVIDIA GPUs or the CPU.
+
+1 card       python main.py /data/imagenet --device gpu
+8 cards      python main.py /data/imagenet --device npu --multiprocessing-distributed --device-list 0,1,2,3,4,5,6,7
+one of 8     python main.py /data/imagenet --multiprocessing-distributed --device-list 0,1,2,3,4,5,6,7 --local_rank 3
+torchrun     torchrun --nproc_per_node 8 main.py /data/imagenet
+2 nodes      python main.py ... --world-size 2 --rank 0 --dist-url tcp://node0:29500   (and --rank 1 on the other)
+CPU          python main.py /data/imagenet --device cpu -b 64
+evaluate     python main.py /data/imagenet -e --resume model_best.pth.tar
+benchmark    python main.py --synthetic 5120 --epochs 1 -b 512
+
+It leaves checkpoint.pth.tar, model_best.pth.tar and metrics.csv in --output-dir, and ends with status 0; with 1 after
+an error, 2 for a command line that can't be; and with 143, 138 or 130 when SIGTERM, SIGUSR1 or Ctrl-C ended it, after
+saving where it was. ``--resume auto`` goes on from there.
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import datetime
+import errno
+import fcntl
+import functools
+import glob
+import importlib
+import inspect
+import io
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import types
+import warnings
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+# torch 2.5 and later import torch_npu by themselves, which fails where CANN is missing. open_device() imports it.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+
+import mnasnet
+
+ARCHS = sorted(mnasnet.WEIGHTS)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Fault(Exception):
+    """What a user can put right: one line that says what was found, what was expected and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        told = "(default" in action.help or action.default in (None, False, "")
+        return action.help if told else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, "main.py: error: {} (--help lists every flag)\n".format(message))
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: an int or float of at least ``low`` (``above``: more than it) and at most ``high``."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if (value > low if above else value >= low) and value <= high and value != math.inf:
+            return value
+        bounds = "{} {}{}".format("above" if above else "of at least", low, "" if high == math.inf else
+                                  " and at most {}".format(high))
+        raise argparse.ArgumentTypeError("found {!r}, expected {} {}".format(
+            text, "a whole number" if kind is int else "a number", bounds))
+
+    return convert
+
+
+def cards(text):
+    """An argparse type: '0,1,3' as a list of different card numbers."""
+    numbers = text.split(",") if text else []
+    if not all(n.strip().isdigit() for n in numbers) or len({int(n) for n in numbers}) < len(numbers):
+        raise argparse.ArgumentTypeError("found {!r}, expected different card numbers such as 0,1,2,3".format(text))
+    return [int(n) for n in numbers]
+
+
+def loss_scale(text):
+    """An argparse type: 'dynamic' or a fixed number."""
+    return text if text == "dynamic" else number(float, 0, above=True)(text)
+
+
+def parse_args(argv=None):
+    """The flags as a namespace; ends the program with status 2 and one line where a value can't be."""
+    count, fraction = functools.partial(number, int), functools.partial(number, float)
+    parser = Parser(description="Trains MnasNet.", formatter_class=Help)
+    add = parser.add_argument_group("data").add_argument
+    add("data", nargs="?", metavar="DIR", help="folder with train/ and val/, each with one folder a class")
+    add("--synthetic", type=count(1), metavar="N", help="train and evaluate on N generated images instead")
+    add("-j", "--workers", type=count(0), metavar="N",
+        help="loader processes a training process (default: its share of the cores)")
+    add("--train-crop-size", type=count(32), default=224, metavar="PX", help="side of a training crop")
+    add("--train-crop-scale", type=fraction(0, 1, above=True), default=0.08, metavar="SHARE",
+        help="least share of the image's area that a training crop takes")
+    add("--val-resize-size", type=count(32), default=256, metavar="PX", help="shorter side before the centre crop")
+    add("--val-crop-size", type=count(32), default=224, metavar="PX", help="side of the centre crop")
+    add("--max-bad", type=count(0), metavar="N",
+        help="end the run when more images than this can't be read (default: 0.1%% of the set, at least 10)")
+    add("--check-data", action="store_true", help="read every image once, list the bad ones, and end")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-a", "--arch", choices=ARCHS, default="mnasnet1_0", help="network")
+    add("--bn-momentum", type=fraction(0, 1, above=True), default=0.1, metavar="M",
+        help="weight of a new batch in BatchNorm's running statistics")
+    add("--freeze-bn", action="store_true", help="train with BatchNorm's running statistics as they are")
+    add("--pretrained", action="store_true", help="start from torchvision's published weights")
+    add("--weights", metavar="FILE", help="with --pretrained: take the weights from this file, not from the net")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=count(1), default=90, metavar="N", help="length of the schedule")
+    add("--start-epoch", type=count(0), default=0, metavar="N", help="first epoch, for a restart by hand")
+    add("-b", "--batch-size", type=count(1), default=256, metavar="N", help="images a step, all cards of this node")
+    add("--lr", "--learning-rate", type=fraction(0), default=0.1, metavar="LR", dest="lr", help="highest learning rate")
+    add("--warmup", type=count(0), default=0, metavar="N", help="epochs of linear warm-up from 0.1 x lr")
+    add("--momentum", type=fraction(0, 1), default=0.9, metavar="M", help="Nesterov momentum")
+    add("--wd", "--weight-decay", type=fraction(0), default=1e-4, metavar="W", dest="wd", help="weight decay")
+    add("--label-smoothing", "--ls", type=fraction(0, 1), default=0.1, metavar="S", dest="label_smoothing",
+        help="share of the target spread over all classes")
+    add("--seed", type=count(0, 2 ** 31), metavar="N", help="fixes weights, order, augmentation and dropout, "
+        "and asks torch for deterministic algorithms (default: drawn and printed)")
+
+    add = parser.add_argument_group("precision").add_argument
+    add("--opt-level", choices=["O0", "O1", "O2"],
+        help="O0: fp32; O1: autocast; O2: low-precision model with fp32 master weights "
+        "(default: O1 on npu and gpu, O0 on cpu)")
+    add("--loss-scale", type=loss_scale, default="dynamic", metavar="S", help="'dynamic' or a fixed number")
+    add("--amp-backend", choices=["auto", "apex", "native"], default="auto",
+        help="auto: apex where it has amp, else native")
+
+    add = parser.add_argument_group("devices and processes").add_argument
+    add("--device", choices=["npu", "gpu", "cpu"], help="(default: the best one present)")
+    add("--device-list", type=cards, default="", metavar="0,1,...", help="cards of this node")
+    add("--npu", type=count(0), metavar="ID", help="the card of a one-card run")
+    add("--multiprocessing-distributed", action="store_true", help="one process a card of --device-list")
+    add("--local_rank", "--local-rank", type=count(0), metavar="I", dest="local_rank",
+        help="this process's place in --device-list, where each process is started from outside")
+    add("--world-size", type=number(int, -1), default=-1, metavar="N", help="nodes (-1: one)")
+    add("--rank", type=number(int, -1), default=-1, metavar="I", help="this node's number (-1: 0)")
+    add("--dist-url", default="env://", metavar="URL",
+        help="tcp://HOST:PORT or file:///PATH where the processes meet, or env:// (MASTER_ADDR, MASTER_PORT)")
+    add("--dist-backend", metavar="NAME", help="collectives (default: hccl, nccl or gloo, by device)")
+    add("--dist-timeout", type=fraction(1), default=600.0, metavar="SEC",
+        help="how long a process waits for the others, at the start and at each step")
+
+    add = parser.add_argument_group("checkpoints and logs").add_argument
+    add("--output-dir", default=".", metavar="DIR", help="where checkpoints and metrics.csv go")
+    add("--resume", metavar="FILE", help="go on from this checkpoint; 'auto': from the newest good one in --output-dir")
+    add("--save-freq", type=count(1), metavar="STEPS", help="save every so many steps, besides after each epoch")
+    add("--keep", type=count(1), default=2, metavar="N", help="checkpoints kept, the newest included")
+    add("-e", "--evaluate", action="store_true", help="evaluate the model of --resume, and end")
+    add("-p", "--print-freq", type=count(1), default=10, metavar="N", help="steps between two log lines")
+    add("--tensorboard", metavar="DIR", help="write TensorBoard's events there, too")
+    add("--run-prof", action="store_true", help="profile a few steps, print the costliest operators, and end")
+
+    flags = parser.parse_args(argv)
+    if flags.data is None and not flags.synthetic:
+        parser.error("no data folder: give one with train/ and val/ in it, or --synthetic N")
+    if flags.val_crop_size > flags.val_resize_size:
+        parser.error("--val-crop-size {} is larger than --val-resize-size {}: it must fit in it".format(
+            flags.val_crop_size, flags.val_resize_size))
+    if flags.weights and not flags.pretrained:
+        parser.error("--weights FILE does nothing alone: add --pretrained (or --resume FILE to go on from a checkpoint)")
+    if flags.evaluate and not (flags.resume or flags.pretrained):
+        parser.error("-e has no model: give --resume FILE or --pretrained")
+    flags.nodes, flags.node_rank = max(1, flags.world_size), max(0, flags.rank)
+    if flags.node_rank >= flags.nodes:
+        parser.error("--rank {} is this node's number and must be below --world-size {}".format(flags.rank, flags.nodes))
+    return flags
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runtime: the device, the processes, and what they agree on
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What differs between the kinds of device."""
+
+    name: str
+    module: str  # torch.<module> drives the cards; '' for the CPU
+    collective: str
+    amp_dtype: torch.dtype
+    opt_level: str  # --opt-level where none is asked for
+    channels_last: bool
+
+
+KINDS = {
+    "npu": Kind("npu", "npu", "hccl", torch.float16, "O1", False),
+    "gpu": Kind("gpu", "cuda", "nccl", torch.float16, "O1", True),
+    "cpu": Kind("cpu", "", "gloo", torch.bfloat16, "O0", True),
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs, and beside which others."""
+
+    kind: Kind
+    device: torch.device
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_size: int = 1  # processes on this node
+    channels_last: bool = False
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    @property
+    def module(self):
+        """``torch.cuda``, ``torch.npu`` or None."""
+        return getattr(torch, self.kind.module) if self.kind.module else None
+
+    def synchronize(self):
+        if self.module:
+            self.module.synchronize()
+
+
+def cards_present(kind):
+    """How many cards of a kind this machine has: (count, why there are none)."""
+    if kind.name == "cpu":
+        return 1, ""
+    if kind.name == "npu" and not hasattr(torch, "npu"):  # torch 1.5 for Ascend has it built in
+        try:
+            importlib.import_module("torch_npu")
+        except ImportError as error:
+            return 0, "torch_npu does not import ({})".format(str(error).splitlines()[0])
+    module = getattr(torch, kind.module, None)
+    count = module.device_count() if module is not None and module.is_available() else 0
+    return count, "" if count else "torch.{} finds no card".format(kind.module)
+
+
+def choose_kind(flags):
+    """The kind of device asked for, or else the best one present, once its cards are known to be there.
+
+    Raises:
+        Fault: the device, or a card that is listed, is not there.
+    """
+    reasons = []
+    for kind in [KINDS[flags.device]] if flags.device else KINDS.values():
+        count, why = cards_present(kind)
+        wanted = flags.device_list or ([flags.npu] if flags.npu is not None else [0])
+        if count and (kind.name == "cpu" or max(wanted) < count):
+            return kind, reasons
+        if count:
+            raise Fault("--device-list names card {}, and this machine has {} {} card(s): give --device-list {}".format(
+                max(wanted), count, kind.name, ",".join(map(str, range(count)))))
+        reasons.append("{}: {}".format(kind.name, why))
+    raise Fault("--device {} is not there: {}. Give a device that this machine has".format(flags.device, why))
+
+
+def open_device(flags, kind):
+    """This process's ``Runtime``, its card made current before anything else touches it."""
+    listed, env = flags.device_list, os.environ
+    if flags.multiprocessing_distributed:
+        local_size, local_rank = len(listed), flags.local_rank
+        rank, world_size = flags.node_rank * local_size + local_rank, flags.nodes * local_size
+    elif "RANK" in env and "WORLD_SIZE" in env:  # torchrun
+        rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        local_rank = flags.local_rank if flags.local_rank is not None else int(env.get("LOCAL_RANK", 0))
+        local_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
+    else:
+        if len(listed) > 1:
+            raise Fault("--device-list names {} cards for one process: add --multiprocessing-distributed".format(
+                len(listed)))
+        rank, world_size, local_rank, local_size = 0, 1, 0, 1
+    if listed and local_rank >= len(listed):
+        raise Fault("local rank {} has no card: --device-list names {}".format(local_rank, len(listed)))
+    card = listed[local_rank] if listed else flags.npu if flags.npu is not None else local_rank
+    runtime = Runtime(kind, torch.device(kind.module or "cpu", card if kind.module else None),
+                      rank, local_rank, world_size, local_size, kind.channels_last and keeps_channels_last(kind))
+    if kind.module:
+        if card >= runtime.module.device_count():
+            raise Fault("{} card {} is not there: this machine has {}".format(
+                kind.name, card, runtime.module.device_count()))
+        runtime.module.set_device(runtime.device)
+        set_mode = getattr(runtime.module, "set_compile_mode", None)
+        if set_mode:  # Ascend: the built-in operators, not one compiled for each shape
+            set_mode(jit_compile=False)
+    elif "OMP_NUM_THREADS" not in env:
+        torch.set_num_threads(max(1, usable_cores() // local_size))
+    return runtime
+
+
+def keeps_channels_last(kind):
+    """Whether convolutions of this torch stay in channels_last, which on the CPU the first generations' do not."""
+    image = torch.zeros(1, 8, 6, 6).to(memory_format=torch.channels_last)
+    kept = F.conv2d(image, torch.zeros(8, 8, 3, 3)).is_contiguous(memory_format=torch.channels_last)
+    return kept or bool(kind.module)
+
+
+def usable_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def accepts(function, name):
+    """Whether this torch's ``function`` has a parameter ``name``; how features are asked for here."""
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return name in (function.__doc__ or "")
+
+
+def die_with_parent(signum):
+    """Has the kernel (Linux) send this process ``signum`` when its parent is gone, so that none is left behind."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(signum))
+
+
+def keep_freed_memory():
+    """Tells glibc to keep freed blocks: a step on the CPU takes and frees hundreds of MB, and getting them back from
+    the kernel page by page took more time than the arithmetic. False where the C library is another."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, mmap_max = -1, -4  # from malloc.h
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2 ** 31 - 1))
+
+
+class Team:
+    """All processes of a run: what they agree on goes over gloo between the hosts, and never waits for a device."""
+
+    def __init__(self, flags, runtime):
+        self.runtime, self.size, self.timeout = runtime, runtime.world_size, flags.dist_timeout
+        self.signal, self.group, self.store = 0, None, None
+        if self.size == 1:
+            return
+        if runtime.local_size == self.size and os.path.exists("/sys/class/net/lo"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: nothing listens to the network
+        limit = datetime.timedelta(seconds=self.timeout)
+        backend = flags.dist_backend or runtime.kind.collective
+        self.store, where = meeting_point(flags, runtime, limit)
+        try:
+            dist.init_process_group(backend, store=self.store, rank=runtime.rank, world_size=self.size, timeout=limit)
+            self.group = dist.new_group(backend="gloo", timeout=limit)
+        except (RuntimeError, ValueError) as error:
+            raise Fault("rank {} of {} found no others at {} within {:g} s ({}): start all of them, with the same "
+                        "address".format(runtime.rank, self.size, where, self.timeout, first_line(error)))
+        if runtime.is_main:
+            print("=> {} processes met at {}, collectives over {}".format(self.size, where, backend), flush=True)
+
+    def listen(self):
+        """From here on a signal is a request to save and end."""
+        for signum in SIGNALS:
+            signal.signal(signum, lambda number, frame: setattr(self, "signal", number))
+
+    def poll(self, news=0):
+        """The signal that any process has had (0: none), and the largest ``news``; every process calls this as often
+        as the others. Takes 0.2 ms among 2 processes."""
+        if self.size == 1:
+            return self.signal, news
+        values = torch.tensor([self.signal, news])
+        self._run(dist.all_reduce, values, dist.ReduceOp.MAX)
+        return values.tolist()
+
+    def sum(self, values):
+        """The sums over the processes of a list of numbers, in float64."""
+        return self.gather(torch.tensor(values, dtype=torch.float64)).sum(0).tolist()
+
+    def gather(self, row):
+        """[N] on the host -> [world size, N], a row a process."""
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        if self.size == 1:
+            return row[None]
+        self._run(dist.all_gather, rows, row)
+        return torch.stack(rows)
+
+    def _run(self, collective, *arguments):
+        begin = time.time()
+        try:
+            collective(*arguments, group=self.group)
+        except RuntimeError as error:
+            raise self.lost(error, time.time() - begin)
+
+    def lost(self, error, seconds):
+        """The Fault that names the processes which no longer answer: all others sign the store, those don't."""
+        try:
+            self.store.add("lost/{}".format(self.runtime.rank), 1)
+            time.sleep(min(3.0, self.timeout))
+            silent = [r for r in range(self.size) if not self.store.add("lost/{}".format(r), 0)]
+        except RuntimeError:
+            silent = [0]  # its process holds the store
+        return Fault("{} gone or stuck: no answer after {:.0f} s ({}). See its output; --resume auto goes on from the "
+                     "last checkpoint".format("rank " + ", rank ".join(map(str, silent)) if silent else "another rank",
+                                              seconds, first_line(error)))
+
+    def speaks_first(self):
+        """Whether this process is the first to report a fault; the others would only repeat it."""
+        if self.store is None:
+            return True
+        try:
+            return self.store.add("fault", 1) == 1
+        except RuntimeError:
+            return True
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def meeting_point(flags, runtime, limit):
+    """The store where the processes of a run find each other, and its address in words.
+
+    Raises:
+        Fault: the address is not one, its port is taken, or nobody answers there in time.
+    """
+    url, torchrun = flags.dist_url, "TORCHELASTIC_RUN_ID" in os.environ and not flags.multiprocessing_distributed
+    if url.startswith("file://"):
+        return dist.FileStore(url[len("file://"):], runtime.world_size), url
+    if url == "env://":
+        host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29688")
+    else:
+        host, _, port = url[len("tcp://"):].rpartition(":")
+    if not (host and port.isdigit() and (url == "env://" or url.startswith("tcp://"))):
+        raise Fault("--dist-url {!r} is no address: expected tcp://HOST:PORT, file:///PATH or env://".format(url))
+    where, hosts = "tcp://{}:{}".format(host, port), runtime.is_main and not torchrun
+    options = {}
+    if hosts and runtime.local_size == runtime.world_size and accepts(dist.TCPStore.__init__, "master_listen_fd"):
+        try:  # torch itself would listen on every interface
+            options["master_listen_fd"] = loopback_socket(int(port))
+        except OSError as error:
+            raise Fault("port {} can't be used ({}): give another in --dist-url or MASTER_PORT".format(port, error))
+    if accepts(dist.TCPStore.__init__, "wait_for_workers"):
+        options["wait_for_workers"] = False  # init_process_group waits, and with a better message
+    try:
+        store = dist.TCPStore(host, int(port), runtime.world_size, hosts, limit, **options)
+        # torchrun keeps the store over its restarts: each has names of its own there
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore("attempt" + attempt, store), where
+    except (RuntimeError, ValueError) as error:
+        raise Fault("no meeting at {} within {:g} s ({}): are all processes started, is the port free, does "
+                    "rank 0 run on that host?".format(where, flags.dist_timeout, first_line(error)))
+
+
+def loopback_socket(port):
+    """A listening socket on 127.0.0.1, as a file descriptor that the store takes over."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(("127.0.0.1", port))
+        s.listen()
+        return s.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Precision:
+    """O0, O1 or O2 over one model and one optimiser, through apex or native.
+
+    O1 runs convolutions and the classifier in low precision. O2 keeps the whole model in it but BatchNorm, and the
+    optimiser steps fp32 master weights. float16 trains under a loss scale, bfloat16 needs none.
+
+    Use: ``parameters = precision.prepare(model)``, an optimiser over them, ``model, optimizer =
+    precision.initialize(model, optimizer)``, and only then DistributedDataParallel.
+
+    Raises:
+        Fault: this torch, or this machine, lacks what the level needs.
+    """
+
+    def __init__(self, flags, runtime):
+        kind = runtime.kind
+        self.level, self.dtype = flags.opt_level or kind.opt_level, kind.amp_dtype
+        self.loss_scale = flags.loss_scale
+        self.apex = None if self.level == "O0" else find_apex(flags, kind)
+        self.autocast, self.scaler, self.masters = contextlib.nullcontext, None, None
+        self.input_dtype = self.dtype if self.level == "O2" and not self.apex else torch.float32
+        if self.level == "O0" or self.apex:
+            return
+        autocast = find_autocast(kind, self.dtype)
+        if autocast is None:
+            raise Fault("--opt-level {} on {} needs torch's own autocast there, which torch {} lacks: use "
+                        "--opt-level O0{}".format(self.level, kind.name, torch.__version__, "" if kind.name == "cpu"
+                                                  else ", or install an apex that has amp"))
+        if self.level == "O1":
+            self.autocast = autocast
+        if self.dtype == torch.float16:
+            scale = 2.0 ** 16 if self.loss_scale == "dynamic" else self.loss_scale
+            self.scaler = find_scaler(kind)(init_scale=scale)
+
+    def __str__(self):
+        how = "fp32" if self.level == "O0" else "apex" if self.apex else "native, {}".format(str(self.dtype)[6:])
+        return "{} ({})".format(self.level, how)
+
+    @property
+    def scales(self):
+        """Whether a loss scale is at work, under which a step may overflow without harm."""
+        return self.level != "O0" and (self.scaler is not None or self.apex is not None)
+
+    def prepare(self, model):
+        """The parameters to optimise. The model itself goes to low precision under native O2."""
+        parameters = list(model.parameters())
+        if self.input_dtype == torch.float32:
+            return parameters
+        self.masters = [p.detach().float().clone().requires_grad_() for p in parameters]
+        model.to(self.dtype)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.float()
+        return self.masters
+
+    def initialize(self, model, optimizer):
+        if not self.apex:
+            return model, optimizer
+        options = {"combine_grad": True} if accepts(self.apex.initialize, "combine_grad") else {}  # Ascend's apex
+        return self.apex.initialize(model, optimizer, opt_level=self.level, loss_scale=self.loss_scale, **options)
+
+    def backward_and_step(self, loss, model, optimizer):
+        """Gradients of ``loss``, and the optimiser's step unless they overflowed; the gradients are cleared after."""
+        if self.apex:
+            with self.apex.scale_loss(loss, optimizer) as scaled:
+                scaled.backward()
+            optimizer.step()
+        else:
+            (self.scaler.scale(loss) if self.scaler else loss).backward()
+            if self.masters:
+                for master, parameter in zip(self.masters, model.parameters()):
+                    master.grad = parameter.grad.to(master.dtype)
+            if self.scaler:
+                self.scaler.step(optimizer)
+                self.scaler.update(None if self.loss_scale == "dynamic" else self.loss_scale)
+            else:
+                optimizer.step()
+            if self.masters:
+                self.take_masters(model)
+                model.zero_grad()
+        optimizer.zero_grad()
+
+    def take_masters(self, model):
+        """Native O2: the model's weights from the fp32 ones."""
+        with torch.no_grad():
+            for master, parameter in zip(self.masters, model.parameters()):
+                parameter.copy_(master)
+
+    def state_dict(self):
+        return self.apex.state_dict() if self.apex else self.scaler.state_dict() if self.scaler else {}
+
+    def load_state_dict(self, state):
+        """Takes a scaler's state in apex's form or in torch's own."""
+        apex_state = state.get("loss_scaler0")
+        if self.apex and not apex_state and state:
+            state = {"loss_scaler0": {"loss_scale": state["scale"], "unskipped": state["_growth_tracker"]}}
+        if self.apex and state:
+            self.apex.load_state_dict(OrderedDict(state))
+        elif self.scaler and apex_state:
+            state = dict(self.scaler.state_dict(), scale=apex_state["loss_scale"],
+                         _growth_tracker=apex_state["unskipped"])
+        if self.scaler and state:
+            self.scaler.load_state_dict(state)
+
+
+def find_apex(flags, kind):
+    """apex.amp where it is asked for, or there and able; None for torch's own."""
+    if flags.amp_backend == "native" or (kind.name == "cpu" and flags.amp_backend == "auto"):
+        return None
+    try:
+        from apex import amp  # `import apex` alone proves nothing: newer apex, and PyPI's other apex, have no amp
+
+        amp.initialize
+    except (ImportError, AttributeError):
+        if flags.amp_backend == "auto":
+            return None
+        raise Fault("--amp-backend apex: no apex.amp is installed (NVIDIA removed it from apex in 2025). "
+                    "--amp-backend native does the same")
+    if kind.name == "cpu":
+        raise Fault("--amp-backend apex: apex.amp does not run on the cpu. Use --amp-backend native")
+    return amp
+
+
+def find_autocast(kind, dtype):
+    """What makes an autocast context for the device, or None where this torch has none."""
+    if kind.name != "npu" or not hasattr(torch, "npu") or not hasattr(getattr(torch.npu, "amp", None), "autocast"):
+        if hasattr(torch, "autocast"):
+            return functools.partial(torch.autocast, kind.module or "cpu", dtype=dtype)
+        return getattr(torch.cuda.amp, "autocast", None) if kind.name == "gpu" else None
+    return torch.npu.amp.autocast
+
+
+def find_scaler(kind):
+    """The class of gradient scaler for the device."""
+    amp = getattr(getattr(torch, kind.module), "amp", None)
+    # On npu torch.npu.amp's comes first: the older cards saturate, and only it reads their overflow flag.
+    return amp.GradScaler if hasattr(amp, "GradScaler") else functools.partial(torch.amp.GradScaler, kind.module)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, red, green, blue; from torchvision
+SYNTHETIC_CLASSES = 1000
+
+
+class Folder:
+    """The images of a folder with one folder a class: ``classes``, ``paths`` (bytes, numpy) and ``labels`` [N].
+
+    Raises:
+        Fault: the folder is missing, or has no classes, or has a class without an image.
+    """
+
+    def __init__(self, root):
+        self.root = root
+        if not os.path.isdir(root):
+            raise Fault("no folder {!r}: the data folder needs train/ and val/, with one folder a class in each".format(
+                root))
+        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        if not self.classes:
+            raise Fault("{!r} holds no folders: expected one folder of images a class".format(root))
+        paths, labels = [], []
+        for label, name in enumerate(self.classes):
+            found = []
+            for folder, folders, files in os.walk(os.path.join(root, name), followlinks=True):
+                folders.sort()
+                found += [os.path.join(folder, f) for f in sorted(files) if f.lower().endswith(EXTENSIONS)]
+            if not found:
+                raise Fault("class folder {!r} holds no image ({}): add some or remove it".format(
+                    os.path.join(root, name), " ".join(EXTENSIONS)))
+            paths += [os.fsencode(os.path.relpath(path, root)) for path in found]
+            labels += [label] * len(found)
+        # One block each, not a million objects: a worker shares the pages it only reads.
+        self.paths, self.labels = np.array(paths), np.array(labels)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def path(self, index):
+        return os.path.join(self.root, os.fsdecode(bytes(self.paths[index])))
+
+    def read(self, index, plan, size):
+        """uint8 [size, size, 3]. Raises OSError or ValueError where it is no image."""
+        return read_image(self.path(index), plan, size)
+
+    def substitute(self, index):
+        """Other samples of the same class, nearest first, in a fixed order."""
+        same = np.flatnonzero(self.labels == self.labels[index])
+        return np.roll(same, -int(np.searchsorted(same, index)))[1:]
+
+
+class Synthetic:
+    """N images of noise, for measuring without data; the same ones every time."""
+
+    def __init__(self, count):
+        self.classes = ["{:04d}".format(label) for label in range(SYNTHETIC_CLASSES)]
+        self.labels = np.arange(count) % SYNTHETIC_CLASSES
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, index, plan, size):
+        noise = np.random.RandomState(index).bytes(size * size * 3)
+        return np.frombuffer(noise, np.uint8).reshape(size, size, 3)
+
+
+def train_plan(size, least_area, rng):
+    """RandomResizedCrop: what to cut from an image of a given width and height.
+
+    A plan is a function (width, height) -> (box, resized, corner): cut ``box`` (left, top, width, height), resize it
+    to ``resized`` (width, height), and of that take the crop whose upper left corner is ``corner``.
+    """
+
+    def plan(width, height):
+        for _ in range(10):
+            area = width * height * rng.uniform(least_area, 1)
+            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = int(round(math.sqrt(area * ratio))), int(round(math.sqrt(area / ratio)))
+            if 0 < w <= width and 0 < h <= height:
+                return (rng.randint(0, width - w), rng.randint(0, height - h), w, h), (size, size), (0, 0)
+        # the largest centred crop of an allowed shape
+        w, h = min(width, int(round(height * 4 / 3))), min(height, int(round(width * 4 / 3)))
+        return ((width - w) // 2, (height - h) // 2, w, h), (size, size), (0, 0)
+
+    return plan
+
+
+def val_plan(resize, size):
+    """Resize of the shorter side, then CenterCrop, as a plan (see ``train_plan``)."""
+
+    def plan(width, height):
+        short = min(width, height)
+        resized = (int(resize * width / short), int(resize * height / short))
+        return (0, 0, width, height), resized, tuple(int(round((side - size) / 2)) for side in resized)
+
+    return plan
+
+
+def read_image(path, plan, size):
+    """The crop that ``plan`` takes of an image file: uint8 [size, size, 3], antialiased bilinear.
+
+    EXIF rotation is ignored, as torchvision ignores it.
+
+    Raises:
+        OSError, ValueError: the file can't be decoded.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    decode = fast_decoder()
+    # Past this size it is likely a photo that is worth decoding at a fraction of its size, which only Pillow does.
+    if decode and data[:3] == b"\xff\xd8\xff" and len(data) < 2 ** 18:
+        with contextlib.suppress(RuntimeError):  # CMYK, or broken: let Pillow say
+            return resize_fast(decode(data), plan, size)
+    try:
+        return read_with_pillow(data, plan, size)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # Pillow's plugins raise SyntaxError, struct.error, IndexError, ... on broken files
+        raise ValueError("{}: {}".format(type(error).__name__, first_line(error)))
+
+
+@functools.lru_cache(None)
+def fast_decoder():
+    """torchvision's JPEG decoder, JPEG bytes -> uint8 [3, H, W], where torch can also resize uint8; else None.
+
+    Decoding and resizing so takes 0.65 of Pillow's time (test/bench/bench_data.py).
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        F.interpolate(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), (2, 2), mode="bilinear", antialias=True)
+    except (ImportError, RuntimeError, TypeError):
+        return None
+
+    def decode(data):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+    return decode
+
+
+def resize_fast(image, plan, size):
+    """The crop of a decoded image [3, H, W]: uint8 [size, size, 3]."""
+    (left, top, w, h), (width, height), (x, y) = plan(image.shape[2], image.shape[1])
+    region = image[None, :, top:top + h, left:left + w]
+    if (w, h) != (width, height):
+        region = F.interpolate(region, (height, width), mode="bilinear", antialias=True)
+    return region[0, :, y:y + size, x:x + size].permute(1, 2, 0).numpy()
+
+
+def read_with_pillow(data, plan, size):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd EXIF, odd transparency
+        image = Image.open(io.BytesIO(data))
+        box, resized, corner = plan(*image.size)
+        # The part of the image that the crop is made of, in the image's own pixels: one resize does all.
+        scale = box[2] / resized[0], box[3] / resized[1]
+        left, top = (box[i] + corner[i] * scale[i] for i in (0, 1))
+        whole = image.size
+        image.draft("RGB", tuple(int(s / max(1, min(scale))) for s in whole))
+        image = to_rgb(image)
+        shrunk = image.size[0] / whole[0], image.size[1] / whole[1]
+        box = (left * shrunk[0], top * shrunk[1], (left + size * scale[0]) * shrunk[0],
+               (top + size * scale[1]) * shrunk[1])
+        box = tuple(min(max(edge, 0), image.size[i % 2]) for i, edge in enumerate(box))  # float rounding at the edges
+        return np.asarray(image.resize((size, size), Image.BILINEAR, box=box))
+
+
+def to_rgb(image):
+    """Any mode that Pillow decodes, as RGB: 16-bit scaled to 8, transparency over white."""
+    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255
+        levels = np.asarray(image).astype(np.int64)
+        return Image.fromarray((levels.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+class ImageBatches(torch.utils.data.Dataset):
+    """Whole batches: ``self[epoch, indices]`` is (images uint8 [n, size, size, 3], labels int64 [n], bad indices).
+
+    What is done to an image depends on (seed, epoch, index) alone, so that any number of workers gives the same
+    batches. In training an image that can't be read gives its place to another of its class; in evaluation to an
+    empty one with label -1, which no prediction matches.
+    """
+
+    def __init__(self, images, flags, seed, train):
+        self.images, self.seed, self.train = images, seed, train
+        self.size = flags.train_crop_size if train else flags.val_crop_size
+        self.resize, self.least_area = flags.val_resize_size, flags.train_crop_scale
+
+    def __getitem__(self, key):
+        epoch, indices = key
+        shape = (len(indices), self.size, self.size, 3)
+        if torch.utils.data.get_worker_info():  # written once, in the memory that the training process reads
+            shared = getattr(torch, "UntypedStorage", torch.ByteStorage)._new_shared(int(np.prod(shape)))
+            block = torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
+        else:
+            block = torch.empty(shape, dtype=torch.uint8)
+        rows, labels, bad = block.numpy(), torch.zeros(len(indices), dtype=torch.int64), []
+        for row, index in enumerate(indices):
+            labels[row] = int(self.images.labels[index])
+            try:
+                rows[row] = self.load(epoch, index)
+            except (OSError, ValueError):
+                bad.append(int(index))
+                if self.train:
+                    rows[row] = self.load_substitute(epoch, index)
+                else:
+                    rows[row], labels[row] = 0, -1
+        return block, labels, bad
+
+    def load(self, epoch, index):
+        if not self.train:
+            return self.images.read(index, val_plan(self.resize, self.size), self.size)
+        rng = random.Random(((self.seed << 20) + epoch << 40) + int(index))
+        image = self.images.read(index, train_plan(self.size, self.least_area, rng), self.size)
+        return image[:, ::-1] if rng.random() < 0.5 else image
+
+    def load_substitute(self, epoch, index):
+        for other in self.images.substitute(index):
+            with contextlib.suppress(OSError, ValueError):
+                return self.load(epoch, other)
+        raise Fault("no image of class {!r} can be read: {}".format(
+            self.images.classes[self.images.labels[index]], self.images.path(index)))
+
+
+class BatchOrder(torch.utils.data.Sampler):
+    """The keys of ``ImageBatches`` for one process. Training: full batches in an order that depends on (seed, epoch)
+    alone, from ``first`` images on. Evaluation: every image once, shared out without padding."""
+
+    def __init__(self, count, batch_size, runtime, seed=None):
+        self.count, self.batch_size, self.runtime, self.seed = count, batch_size, runtime, seed
+        self.epoch, self.first = 0, 0
+
+    @property
+    def total(self):
+        """Images a step, all processes."""
+        return self.batch_size * self.runtime.world_size
+
+    def __len__(self):
+        """Steps that all processes take together; in evaluation some may have nothing left for the last."""
+        return (self.count - self.first) // self.total if self.seed is not None else -(-self.count // self.total)
+
+    def __iter__(self):
+        rank, world, size = self.runtime.rank, self.runtime.world_size, self.batch_size
+        if self.seed is None:
+            mine = np.arange(rank, self.count, world)
+            for first in range(0, len(mine), size):
+                yield self.epoch, mine[first:first + size]
+            return
+        order = np.random.RandomState([self.seed, self.epoch]).permutation(self.count)[self.first:]
+        for step in range(len(self)):
+            first = step * self.total + rank * size
+            yield self.epoch, order[first:first + size]
+
+
+def quiet_worker(index):
+    """A loader process computes on one core, and leaves signals to the training process."""
+    torch.set_num_threads(1)
+    die_with_parent(signal.SIGKILL)
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def make_loader(batches, order, workers, runtime):
+    options = {"num_workers": workers, "pin_memory": runtime.kind.name != "cpu"}
+    if workers and accepts(torch.utils.data.DataLoader.__init__, "persistent_workers"):
+        options["persistent_workers"] = True
+    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=order, worker_init_fn=quiet_worker, **options)
+
+
+def open_images(flags):
+    """(training images, validation images).
+
+    Raises:
+        Fault: a folder has the wrong shape, or the two have different classes.
+    """
+    if flags.synthetic:
+        return Synthetic(flags.synthetic), Synthetic(flags.synthetic)
+    val = Folder(os.path.join(flags.data, "val"))
+    if flags.evaluate:
+        return None, val
+    train = Folder(os.path.join(flags.data, "train"))
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise Fault("train/ has {} classes and val/ {}, which must be the same: {!r} is only in one of them".format(
+            len(train.classes), len(val.classes), odd[0]))
+    return train, val
+
+
+def to_device(loader, runtime, dtype):
+    """The loader's batches on the device: (images dtype [n, 3, S, S] normalised, labels [n], bad indices).
+
+    Images travel as uint8, from pinned memory, on a stream of their own: one batch moves while another is computed on.
+    """
+    device, module, last = runtime.device, runtime.module, torch.channels_last
+    mean = torch.tensor([255 * m for m in MEAN], device=device).view(1, 3, 1, 1)
+    scale = torch.tensor([1 / (255 * s) for s in STD], device=device).view(1, 3, 1, 1)
+    stream = module.Stream() if module else None
+    label_dtype = torch.int64
+    if runtime.kind.name == "npu" and not hasattr(torch, "autocast"):
+        label_dtype = torch.int32  # what Ascend's loss took in torch's first generations
+
+    def move(batch):
+        images, labels, bad = batch
+        with module.stream(stream) if module else contextlib.nullcontext():
+            return images.to(device, non_blocking=True), labels.to(device, label_dtype, non_blocking=True), bad
+
+    def finish(moved):
+        images, labels, bad = moved
+        if module:
+            module.current_stream().wait_stream(stream)
+            images.record_stream(module.current_stream())
+            labels.record_stream(module.current_stream())
+        images = images.permute(0, 3, 1, 2)
+        images = images.to(torch.float32) if runtime.channels_last else images.contiguous().to(torch.float32)
+        return ((images - mean) * scale).to(dtype), labels, bad
+
+    ahead = None
+    for batch in loader:
+        moved = move(batch)
+        if ahead is not None:
+            yield finish(ahead)
+        ahead = moved
+    if ahead is not None:
+        yield finish(ahead)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model, optimiser, schedule
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_model(flags, runtime, num_classes):
+    model = getattr(mnasnet, flags.arch)(num_classes=num_classes, bn_momentum=flags.bn_momentum)
+    model = model.to(runtime.device)
+    return model.to(memory_format=torch.channels_last) if runtime.channels_last else model
+
+
+def build_optimizer(flags, runtime, precision, parameters):
+    """SGD with Nesterov momentum; the fused one where there is one for the device."""
+    options = dict(lr=flags.lr, momentum=flags.momentum, weight_decay=flags.wd, nesterov=flags.momentum > 0)
+    if runtime.kind.name == "npu":  # apex's goes with apex's amp, torch_npu's with torch's
+        home = "apex.optimizers" if precision.apex else "torch_npu.optim"
+        with contextlib.suppress(ImportError, AttributeError):
+            return importlib.import_module(home).NpuFusedSGD(parameters, **options)
+    elif accepts(torch.optim.SGD.__init__, "fused"):
+        options["fused"] = True
+    return torch.optim.SGD(parameters, **options)
+
+
+def wrap_for_training(model, runtime):
+    """``model``, or where there are several processes a DistributedDataParallel around it."""
+    if runtime.world_size == 1:
+        return model
+    ddp = torch.nn.parallel.DistributedDataParallel
+    # The running statistics are averaged before they are used (average_batchnorm), not sent around every step.
+    options = {"broadcast_buffers": False}
+    if accepts(ddp.__init__, "gradient_as_bucket_view"):
+        options["gradient_as_bucket_view"] = True
+    if accepts(ddp.__init__, "static_graph"):
+        options["static_graph"] = True
+    if runtime.kind.module:
+        options["device_ids"] = [runtime.device.index]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ddp(model, **options)
+
+
+def learning_rate(flags, epoch):
+    """The learning rate at a point of the run, ``epoch`` being the epochs done, with their fraction: linear from a
+    tenth of --lr over the warm-up, then half a cosine to 0."""
+    if epoch < flags.warmup:
+        return flags.lr * (0.1 + 0.9 * epoch / flags.warmup)
+    return flags.lr * 0.5 * (1 + math.cos(math.pi * (epoch - flags.warmup) / max(1, flags.epochs - flags.warmup)))
+
+
+def smoothed_cross_entropy(logits, labels, smoothing):
+    """Mean cross entropy of [N, C] logits against targets that give ``smoothing`` of their weight to all classes alike
+    (Szegedy et al., arXiv 1512.00567, section 7). The same formula in every torch."""
+    logs = F.log_softmax(logits.float(), 1)
+    return (1 - smoothing) * F.nll_loss(logs, labels) - smoothing * logs.mean()
+
+
+def counts_correct(logits, labels):
+    """How many labels are the first, and among the first five, of [N, C] logits: two tensors."""
+    top = logits.topk(min(5, logits.shape[1]), 1)[1]
+    hits = (top == labels.view(-1, 1)).float()
+    return hits[:, 0].sum(), hits.sum()
+
+
+def batchnorm_buffers(model):
+    return [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+
+
+def flat(tensors):
+    """One float64 row on the host; float32 goes there and back unchanged."""
+    return torch.cat([t.detach().flatten().cpu().double() for t in tensors])
+
+
+def unflatten(row, tensors):
+    """Copies a row that ``flat`` made back into tensors of the same shapes."""
+    for tensor, values in zip(tensors, row.split([t.numel() for t in tensors])):
+        tensor.copy_(values.view_as(tensor))
+
+
+def average_batchnorm(model, team):
+    """Gives all processes the mean of their running statistics, so that they evaluate one and the same model."""
+    buffers = batchnorm_buffers(model)
+    unflatten(team.gather(flat(buffers)).mean(0), buffers)
+
+
+def seed_step(*numbers):
+    """Seeds dropout from (seed, epoch, images done, rank): a step draws the same whether or not the run was
+    interrupted before it, without any generator's state in the checkpoint."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def make_deterministic():
+    """Has torch use its deterministic algorithms, on every device."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    if hasattr(torch, "use_deterministic_algorithms"):
+        torch.use_deterministic_algorithms(True)
+    if hasattr(torch.utils, "deterministic"):
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """A signal ended the run after it was saved."""
+
+    def __init__(self, signum):
+        super().__init__(signum)
+        self.signum = signum
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint carries besides tensors."""
+
+    epoch: int = 0
+    images: int = 0  # done in this epoch, all processes
+    best_acc1: float = 0.0
+    rows: list = field(default_factory=list)  # of metrics.csv
+    sums: list = field(default_factory=lambda: [0.0] * 4)  # this process, this epoch: loss, top 1, top 5, steps
+
+
+@dataclass
+class Run:
+    """The parts of a run, as the functions below share them."""
+
+    flags: argparse.Namespace
+    runtime: Runtime
+    team: Team
+    precision: Precision
+    model: torch.nn.Module
+    val_loader: torch.utils.data.DataLoader
+    bad: "BadImages"
+    log: "Log"
+    progress: Progress = field(default_factory=Progress)
+    train_model: torch.nn.Module = None
+    optimizer: torch.optim.Optimizer = None
+    train_loader: torch.utils.data.DataLoader = None
+    seed: int = 0
+
+
+def train_epoch(run):
+    """The rest of the current epoch.
+
+    Raises:
+        Stopped: a signal came; the run is saved.
+        Fault: the loss is not finite, too many images can't be read, or another process is gone.
+    """
+    flags, progress, team, order = run.flags, run.progress, run.team, run.train_loader.sampler
+    order.epoch, order.first = progress.epoch, progress.images
+    done, steps = progress.images // order.total, progress.images // order.total + len(order)
+    run.model.train(not flags.freeze_bn)
+    run.model.classifier.train()
+    meter = Meter(run, steps)
+    batches = to_device(run.train_loader, run.runtime, run.precision.input_dtype)
+    for step in range(done, steps):
+        images, labels, bad = meter.wait_for(batches)
+        lr = learning_rate(flags, progress.epoch + step / steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        seed_step(run.seed, progress.epoch, progress.images, run.runtime.rank)
+        with run.precision.autocast():
+            logits = run.train_model(images)
+            loss = smoothed_cross_entropy(logits, labels, flags.label_smoothing)
+        run.precision.backward_and_step(loss, run.model, run.optimizer)
+        progress.images += order.total
+        meter.add(step, lr, loss.detach(), *counts_correct(logits.detach(), labels))
+
+        stop, most_bad = team.poll(len(bad))
+        if most_bad:
+            run.bad.share(order, run.train_loader.dataset.images, bad, most_bad)
+        if step % flags.print_freq == 0:
+            meter.print_step(step)
+        if stop or (flags.save_freq and (progress.epoch * steps + step + 1) % flags.save_freq == 0):
+            meter.read()
+            save(run)
+        if stop:
+            raise Stopped(stop)
+    return meter.finish()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(run):
+    """Every validation image once, whatever the number of processes and the batch size.
+
+    Returns loss (cross entropy, without label smoothing), Acc@1 and Acc@5 in per cent, and images per second. An
+    image that can't be read counts as wrong.
+
+    Raises:
+        Stopped: a signal came; nothing is lost, the evaluation starts anew at the next start.
+        Fault: the images counted are not the images there are.
+    """
+    order, flags, team = run.val_loader.sampler, run.flags, run.team
+    run.model.eval()
+    sums = torch.zeros(3, device=run.runtime.device, dtype=torch.float32)
+    seen, readable, begin, steps = 0, 0, time.time(), len(order)
+    no_grad = getattr(torch, "inference_mode", torch.no_grad)
+    batches = to_device(run.val_loader, run.runtime, run.precision.input_dtype)
+    for step in range(steps):
+        images, labels, bad = next(batches, (None, (), ()))
+        if len(labels):
+            with no_grad(), run.precision.autocast():
+                logits = run.model(images).float()
+                loss = F.nll_loss(F.log_softmax(logits, 1), labels, ignore_index=-1, reduction="sum")
+                sums += torch.stack((loss,) + counts_correct(logits, labels))
+            seen, readable = seen + len(labels), readable + len(labels) - len(bad)
+        stop, most_bad = team.poll(len(bad))
+        if most_bad:
+            run.bad.share(order, run.val_loader.dataset.images, bad, most_bad)
+        if stop:
+            raise Stopped(stop)
+        if step % flags.print_freq == 0 and seen:
+            loss, top1, top5 = sums.tolist()
+            run.log.line("Test: [{:{}d}/{}]\tTime {:6.3f}\tLoss {:.4e}\tAcc@1 {:6.2f}\tAcc@5 {:6.2f}".format(
+                step, len(str(steps)), steps, (time.time() - begin) / (step + 1), loss / max(1, readable),
+                100 * top1 / seen, 100 * top5 / seen))
+    loss, top1, top5, seen, readable = team.sum(sums.tolist() + [seen, readable])
+    if seen != order.count:
+        raise Fault("evaluated {:.0f} images of {}: this is a bug, please report it".format(seen, order.count))
+    acc1, acc5 = 100 * top1 / seen, 100 * top5 / seen
+    run.log.line(" * Acc@1 {:.3f} Acc@5 {:.3f} ({:.0f} and {:.0f} of {:.0f} images)".format(
+        acc1, acc5, top1, top5, seen))
+    return loss / max(1, readable), acc1, acc5, seen / (time.time() - begin)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_path(flags, age=0):
+    """The newest checkpoint, or the one ``age`` saves older."""
+    return os.path.join(flags.output_dir, "checkpoint{}.pth.tar".format("-{}".format(age) if age else ""))
+
+
+def weights_of(run, batchnorm):
+    """The state dict that files hold: fp32 weights, which under O2 are those that the optimiser steps, and the mean
+    ``batchnorm`` statistics of all processes."""
+    state = run.model.state_dict()
+    stepped = [p for group in run.optimizer.param_groups for p in group["params"]]
+    for (name, _), parameter in zip(run.model.named_parameters(), stepped):
+        state[name] = parameter
+    averaged = dict(zip([n for n in state if n.endswith(("running_mean", "running_var"))], batchnorm))
+    for name, tensor in state.items():
+        tensor = averaged.get(name, tensor).detach().cpu()
+        state[name] = tensor.float().contiguous().clone() if tensor.is_floating_point() else tensor.clone()
+    return state
+
+
+def snapshot(run):
+    """All that a run needs to go on, as tensors and plain Python values; every process takes part."""
+    buffers = batchnorm_buffers(run.model)
+    # Each process's own running statistics and sums: what makes a resumed run the same to the last bit.
+    rows = run.team.gather(torch.cat([flat(buffers), torch.tensor(run.progress.sums, dtype=torch.float64)]))
+    averaged = [b.detach().cpu().clone() for b in buffers]
+    unflatten(rows[:, :-4].mean(0), averaged)
+    progress, data = run.progress, run.train_loader.dataset.images
+    return {
+        "arch": run.flags.arch, "epoch": progress.epoch, "images": progress.images, "best_acc1": progress.best_acc1,
+        "rows": progress.rows, "state_dict": weights_of(run, averaged), "optimizer": run.optimizer.state_dict(),
+        "amp": run.precision.state_dict(), "processes": rows, "seed": run.seed, "classes": data.classes,
+        "train_images": len(data), "batch": run.train_loader.sampler.total, "opt_level": run.precision.level,
+    }
+
+
+def save(run, best=False):
+    """Writes checkpoint.pth.tar, and before it model_best.pth.tar if this is it: after a fault between the two, the
+    evaluation that chose the best is done again."""
+    payload = snapshot(run)
+    if run.runtime.is_main:
+        if best:
+            write_checkpoint(payload, os.path.join(run.flags.output_dir, "model_best.pth.tar"))
+        older = [checkpoint_path(run.flags, age) for age in range(run.flags.keep)]
+        write_checkpoint(payload, older[0], older[1:])
+
+
+def write_checkpoint(payload, path, older=()):
+    """Writes under a temporary name, flushes, then renames; what was there before moves to the ``older`` names.
+
+    Raises:
+        Fault: the disk is full, or the folder can't be written to. The files there are as they were.
+    """
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(payload, file, _use_new_zipfile_serialization=True)  # a zip: each part has a checksum
+            file.flush()
+            os.fsync(file.fileno())
+        for source, target in reversed(list(zip([path] + list(older), older))):
+            if os.path.exists(source):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(target)
+                link_or_move(source, target)
+        os.replace(temporary, path)
+        sync_folder(path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        good = [p for p in [path] + list(older) if os.path.exists(p)]
+        raise Fault("can't write {}: {}. {}".format(path, first_line(error), "The last good one is {}".format(
+            good[0]) if good else "Give another --output-dir or make room"))
+
+
+def link_or_move(source, target):
+    """Gives a file a second name, so that the first is never without one; moves it where links can't be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        os.replace(source, target)
+
+
+def sync_folder(path):
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class SafePickle:
+    """Stands in for the pickle module where torch.load has no ``weights_only``: tensors and plain values, no code."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if ((module, name) in {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"),
+                                   ("torch._utils", "_rebuild_parameter"), ("torch", "Size")}
+                    or (module == "torch" and name.endswith("Storage") and name.isidentifier())):
+                return super().find_class(module, name)
+            raise pickle.UnpicklingError("{}.{}".format(module, name))
+
+    @classmethod
+    def load(cls, file, **options):
+        return cls.Unpickler(file, **options).load()
+
+
+def read_checkpoint(path):
+    """A checkpoint file as a dictionary. Never runs code from it.
+
+    Raises:
+        Fault: there is no such file, it is damaged, or it holds more than tensors and plain values.
+    """
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"
+        if zipped:
+            with zipfile.ZipFile(path) as parts:
+                broken = parts.testzip()
+            if broken:
+                raise Fault("{} is damaged: its part {} does not match its checksum. Use another file".format(
+                    path, broken))
+        safe = {"weights_only": True} if accepts(torch.load, "weights_only") else {"pickle_module": SafePickle}
+        loaded = torch.load(path, map_location="cpu", **safe)
+    except FileNotFoundError:
+        raise Fault("no checkpoint {!r}: give a file that is there".format(path))
+    except pickle.UnpicklingError as error:
+        raise Fault("{} holds other things than tensors and plain values, and was not loaded, since they could run "
+                    "code ({}). Save its state_dict alone".format(path, describe_unpickling(error)))
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
+            zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError, AssertionError) as error:
+        raise Fault("{} is damaged or no checkpoint ({}). Use another file".format(path, first_line(error)))
+    if not isinstance(loaded, dict):
+        raise Fault("{} holds a {}, expected a state dict or a checkpoint".format(path, type(loaded).__name__))
+    return loaded
+
+
+def describe_unpickling(error):
+    """The name that was refused, out of torch's page-long message or ours."""
+    text = str(error)
+    mark = "Unsupported global: GLOBAL "
+    return text[text.index(mark) + len(mark):].split()[0] if mark in text else first_line(error)
+
+
+def newest_checkpoint(flags):
+    """(checkpoint, its path) of the newest good one in --output-dir; (None, None) where there is none at all.
+
+    Raises:
+        Fault: there are some, and all are damaged.
+    """
+    names = glob.glob(os.path.join(glob.escape(flags.output_dir), "checkpoint*.pth.tar"))
+    paths = [p for p in [checkpoint_path(flags, age) for age in range(100)] if p in names or os.path.exists(p)]
+    faults = []
+    for path in paths:
+        try:
+            return read_checkpoint(path), path
+        except Fault as fault:
+            faults.append(fault)
+            print("=> {}; trying the one before".format(fault), file=sys.stderr, flush=True)
+    if faults:
+        raise Fault("--resume auto: none of {} can be used; remove them to start anew".format(", ".join(paths)))
+    return None, None
+
+
+def load_weights(model, checkpoint, path, new_classifier=False):
+    """Fills a model from a checkpoint of ours or the reference's, or from a plain state dict.
+
+    Args:
+        new_classifier: leave the classifier as it is where the file's has another number of classes.
+
+    Raises:
+        Fault: the file is of another network, or of another number of classes.
+    """
+    state = checkpoint.get("state_dict", checkpoint)
+    metadata = getattr(state, "_metadata", {})
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in state):
+            state = OrderedDict((name[len(prefix):], value) for name, value in state.items())
+            metadata = {name[len(prefix):] if name.startswith(prefix) else name.replace(prefix[:-1], ""): value
+                        for name, value in metadata.items() if name}
+    state = OrderedDict(state)
+    state._metadata = metadata
+    weight = state.get("classifier.1.weight")
+    if weight is None or not torch.is_tensor(weight):
+        raise Fault("{} is no MnasNet checkpoint: it has no classifier.1.weight".format(path))
+    if new_classifier and len(weight) != model.num_classes:
+        state.update({"classifier.1." + n: p for n, p in model.classifier[1].state_dict().items()})
+        print("=> {} classes in {}, {} here: the classifier starts fresh".format(len(weight), path, model.num_classes),
+              flush=True)
+    elif len(weight) != model.num_classes:
+        raise Fault("{} was trained for {} classes, the data has {}: give the data it was trained on".format(
+            path, len(weight), model.num_classes))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1:2] or [""]
+        raise Fault("{} does not fit {}{}: pass its own -a ({})".format(
+            path, "mnasnet with alpha {}".format(model.alpha),
+            ", it is of {}".format(checkpoint["arch"]) if isinstance(checkpoint.get("arch"), str) else "",
+            detail[0].strip()[:200]))
+
+
+def load_pretrained(model, flags):
+    """torchvision's published weights for the arch, from --weights or else from the net, hash checked."""
+    path = flags.weights
+    if not path:
+        url = mnasnet.WEIGHTS[flags.arch]
+        name = os.path.basename(url)
+        folder = os.path.join(torch.hub._get_torch_home() if not hasattr(torch.hub, "get_dir") else
+                              torch.hub.get_dir(), "checkpoints")
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            os.makedirs(folder, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(url, path, name[:-4].rsplit("-", 1)[1], progress=False)
+            except (OSError, RuntimeError) as error:
+                raise Fault("can't fetch {} ({}): fetch it by hand and pass --weights FILE".format(
+                    url, first_line(error)))
+    load_weights(model, read_checkpoint(path), path, new_classifier=True)
+    return path
+
+
+def restore(run, checkpoint, path):
+    """Puts a run where a checkpoint of ours, or as far as it goes one of the reference's, left off."""
+    flags, progress, log = run.flags, run.progress, run.log
+    classes = checkpoint.get("classes", run.train_loader.dataset.images.classes)
+    if classes != run.train_loader.dataset.images.classes:
+        raise Fault("{} was trained on other classes than the data has: give the data it was trained on".format(path))
+    if run.precision.masters:
+        with torch.no_grad():
+            for master, (name, _) in zip(run.precision.masters, run.model.named_parameters()):
+                master.copy_(checkpoint["state_dict"][name])
+    stepped = [p for group in run.optimizer.param_groups for p in group["params"]]
+    if "optimizer" in checkpoint:
+        try:
+            run.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError as error:
+            raise Fault("{}: its optimiser does not fit ({})".format(path, first_line(error)))
+        for parameter in stepped:  # the fused optimiser reads momentum in the weight's memory order
+            state = run.optimizer.state.get(parameter, {})
+            if torch.is_tensor(state.get("momentum_buffer")):
+                state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
+    run.precision.load_state_dict(checkpoint.get("amp") or {})
+    progress.epoch, progress.images = int(checkpoint.get("epoch", 0)), int(checkpoint.get("images", 0))
+    progress.best_acc1, progress.rows = float(checkpoint.get("best_acc1", 0)), list(checkpoint.get("rows", []))
+    log.line("=> resumed from {}: epoch {}, {} images into it".format(path, progress.epoch, progress.images))
+    if "processes" not in checkpoint:
+        return
+    restore_processes(run, checkpoint)
+
+
+def restore_processes(run, checkpoint):
+    """What each process had for itself, or where their number changed, an equal share of it."""
+    rows, progress, order = checkpoint["processes"], run.progress, run.train_loader.sampler
+    changes = []
+    if len(rows) != run.team.size:
+        changes.append("{} processes, now {}".format(len(rows), run.team.size))
+        mean = rows.mean(0, keepdim=True)
+        mean[:, -4:] *= len(rows) / run.team.size
+        rows = mean.expand(run.team.size, -1)
+    unflatten(rows[run.runtime.rank][:-4], batchnorm_buffers(run.model))
+    progress.sums = rows[run.runtime.rank][-4:].tolist()
+    for name, now in (("seed", run.seed), ("train_images", order.count), ("batch", order.total),
+                      ("opt_level", run.precision.level)):
+        if checkpoint.get(name) != now:
+            changes.append("{} {}, now {}".format(name.replace("_", " "), checkpoint.get(name), now))
+    if changes:
+        run.log.line("=> the result is no longer bit-identical to a run without a break: it had {}".format(
+            "; ".join(changes)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class BadImages:
+    """The images that can't be read, known to all processes, and named once in the log and in bad_images.txt."""
+
+    def __init__(self, flags, runtime, team, log):
+        self.flags, self.runtime, self.team, self.log = flags, runtime, team, log
+        self.known = set()
+        self.file = os.path.join(flags.output_dir, "bad_images.txt")
+        self.named = set()
+        if os.path.exists(self.file):
+            with open(self.file, encoding="utf-8", errors="surrogateescape") as lines:
+                self.named = {line.rstrip("\n").split("\t")[0] for line in lines}
+
+    def share(self, order, images, mine, most):
+        """Every process hands in its bad indices of a step, ``most`` at most.
+
+        Raises:
+            Fault: there are more than --max-bad.
+        """
+        row = torch.full((most,), -1, dtype=torch.int64)
+        row[:len(mine)] = torch.tensor(list(mine), dtype=torch.int64)
+        for index in sorted(set(self.team.gather(row).flatten().tolist()) - {-1}):
+            path = images.path(index)
+            if path not in self.known and self.runtime.is_main:
+                self.name(images, index, path)
+            self.known.add(path)
+        limit = self.flags.max_bad if self.flags.max_bad is not None else max(10, order.count // 1000)
+        if len(self.known) > limit:
+            raise Fault("{} images can't be read, more than --max-bad {}: see {}".format(
+                len(self.known), limit, self.file))
+
+    def name(self, images, index, path):
+        try:
+            images.read(index, val_plan(64, 64), 64)
+            reason = "could not be read then, and can now"
+        except (OSError, ValueError) as error:
+            reason = first_line(error)
+        printable = path.encode("unicode_escape", "surrogateescape").decode() if not path.isprintable() else path
+        self.log.line("=> can't read {}: {}".format(printable, reason))
+        if printable not in self.named:
+            self.named.add(printable)
+            with open(self.file, "a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write("{}\t{}\n".format(printable, reason.replace("\n", " ").replace("\t", " ")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metering
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("epoch", "lr", "train_loss", "train_acc1", "val_loss", "acc1", "acc5", "fps", "seconds", "data_wait")
+SKIPPED_STEPS = 5  # of a process's first epoch: compilation, cold caches and the loaders' start are not steady state
+OVERFLOWS = 20  # steps in a row with a loss that is not finite, under a loss scale; 16 halvings of 65536 leave 1
+
+
+class Log:
+    """What the first process prints, and writes to TensorBoard; the others stay silent."""
+
+    def __init__(self, flags, runtime):
+        self.is_main, self.events = runtime.is_main, None
+        if flags.tensorboard and self.is_main:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise Fault("--tensorboard needs the tensorboard package: pip install tensorboard, or leave it out")
+            self.events = SummaryWriter(flags.tensorboard)
+
+    def line(self, text):
+        if self.is_main:
+            print(text, flush=True)
+
+    def scalars(self, row):
+        if self.events:
+            for name in COLUMNS[1:]:
+                self.events.add_scalar(name, row[name], row["epoch"])
+            self.events.flush()
+
+
+class Meter:
+    """The figures of one epoch. It reads back from the device only when it prints or when the run is saved."""
+
+    images, seconds = 0, 0.0  # of all epochs of this process, in steady state
+
+    def __init__(self, run, steps):
+        self.run, self.steps, self.unread, self.overflows = run, steps, [], 0
+        self.total = run.train_loader.sampler.total
+        self.first = run.progress.images // self.total
+        left = steps - self.first
+        self.skip = min(SKIPPED_STEPS, left // 2) if Meter.seconds == 0 else 0
+        self.begin = self.window = self.steady = time.time()
+        self.taken, self.waited, self.window_wait, self.window_steps, self.wait = 0, 0.0, 0.0, 0, 0.0
+
+    def wait_for(self, batches):
+        begin = time.time()
+        batch = next(batches)
+        self.wait = time.time() - begin
+        self.waited, self.window_wait = self.waited + self.wait, self.window_wait + self.wait
+        return batch
+
+    def add(self, step, lr, *figures):
+        """Takes the loss and the counts of a step, still on the device."""
+        self.unread.append((step, lr, torch.stack([f.float() for f in figures])))
+        self.taken, self.window_steps = self.taken + 1, self.window_steps + 1
+        if self.taken == self.skip:
+            self.run.runtime.synchronize()
+            self.steady = time.time()
+
+    def read(self):
+        """Adds to the sums what has come since the last time, and gives the last step's [loss, top 1, top 5].
+
+        Raises:
+            Fault: a loss is not finite.
+        """
+        if not self.unread:
+            return None
+        values = torch.stack([figures for _, _, figures in self.unread]).tolist()
+        sums, scales = self.run.progress.sums, self.run.precision.scales
+        for (step, lr, _), figures in zip(self.unread, values):
+            finite = math.isfinite(figures[0])
+            self.overflows = 0 if finite else self.overflows + 1
+            if not finite and (not scales or self.overflows >= OVERFLOWS):
+                good = checkpoint_path(self.run.flags)
+                raise Fault("the loss is {} at epoch {} step {} (lr {:.6g}){}; {}. Try a lower --lr or a longer "
+                            "--warmup".format(
+                                figures[0], self.run.progress.epoch, step, lr,
+                                ", as in the {} steps before it".format(OVERFLOWS - 1) if scales else "",
+                                "the last good checkpoint is " + good if os.path.exists(good) else
+                                "there is no checkpoint yet"))
+            for place, value in enumerate(figures + [1]):
+                sums[place] += value if finite or place else 0.0
+        self.unread = []
+        return values[-1]
+
+    def print_step(self, step):
+        """The line every --print-freq steps: each figure of now, and in brackets its average over the epoch. The
+        figures of training are this process's, the FPS those of all."""
+        loss, top1, top5 = self.read()
+        local, now = self.run.train_loader.sampler.batch_size, time.time()
+        time_now, wait_now = (now - self.window) / self.window_steps, self.window_wait / self.window_steps
+        mean = [s / self.run.progress.sums[3] for s in self.run.progress.sums]
+        average = (now - self.begin) / self.taken
+        fps = self.total * (self.taken - self.skip) / (now - self.steady) if self.taken > self.skip else (
+            self.total / time_now)
+        left = average * (self.steps - step - 1 + self.steps * (self.run.flags.epochs - self.run.progress.epoch - 1))
+        width = len(str(self.steps))
+        self.run.log.line("\t".join([
+            "Epoch: [{}][{:{}d}/{}]".format(self.run.progress.epoch, step, width, self.steps),
+            "Time {:6.3f} ({:6.3f})".format(time_now, average),
+            "Data {:6.3f} ({:6.3f})".format(wait_now, self.waited / self.taken),
+            "Loss {:.4f} ({:.4f})".format(loss, mean[0]),
+            "Acc@1 {:6.2f} ({:6.2f})".format(100 * top1 / local, 100 * mean[1] / local),
+            "Acc@5 {:6.2f} ({:6.2f})".format(100 * top5 / local, 100 * mean[2] / local),
+            "ETA {}".format(datetime.timedelta(seconds=int(left))),
+            "FPS {:.2f} ( {:.2f} )".format(self.total / time_now, fps)]))
+        self.window, self.window_steps, self.window_wait = now, 0, 0.0
+
+    def finish(self):
+        """The epoch's part of a row of metrics.csv, all processes counted."""
+        self.read()
+        self.run.runtime.synchronize()
+        now = time.time()
+        if self.taken > self.skip:
+            Meter.images += self.total * (self.taken - self.skip)
+            Meter.seconds += now - self.steady
+        steady = (self.taken - self.skip) * self.total / max(now - self.steady, 1e-9)
+        loss, top1, _, steps, waited = self.run.team.sum(self.run.progress.sums + [self.waited])
+        seconds, world = now - self.begin, self.run.team.size
+        share = waited / world / max(seconds, 1e-9)
+        if share > 0.1:
+            self.run.log.line("=> {:.0f} % of epoch {} was spent waiting for images: raise --workers (now {}){}".format(
+                100 * share, self.run.progress.epoch, self.run.train_loader.num_workers,
+                "" if self.run.train_loader.num_workers < usable_cores() else
+                ", or give the machine more or faster cores"))
+        steps = max(1, steps)
+        return {"train_loss": loss / steps, "train_acc1": 100 * top1 / steps / self.run.train_loader.sampler.batch_size,
+                "fps": steady, "seconds": seconds, "data_wait": share}
+
+
+def write_metrics(flags, rows):
+    """metrics.csv, whole, under its name only when it is on the disk."""
+    path = os.path.join(flags.output_dir, "metrics.csv")
+    with open(path + ".tmp", "w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(COLUMNS)
+        table.writerows([row["epoch"]] + ["{:.6g}".format(row[name]) for name in COLUMNS[1:]] for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def profile(run, warm=3, steps=5):
+    """Profiles a few training steps: a Chrome trace in --output-dir, and the ten costliest operators on the log."""
+    path = os.path.join(run.flags.output_dir, "trace.json")
+    profiler = torch.autograd.profiler.profile
+    options = {}
+    if run.runtime.kind.module:
+        name = run.runtime.kind.module
+        options = {"use_device": name} if accepts(profiler.__init__, "use_device") else {"use_" + name: True}
+    batches = to_device(run.train_loader, run.runtime, run.precision.input_dtype)
+    run.model.train()
+    with contextlib.ExitStack() as stack:
+        for step, (images, labels, _) in zip(range(warm + steps), batches):
+            if step == warm:
+                record = stack.enter_context(profiler(**options))
+            with run.precision.autocast():
+                loss = smoothed_cross_entropy(run.train_model(images), labels, run.flags.label_smoothing)
+            run.precision.backward_and_step(loss, run.model, run.optimizer)
+        else:
+            run.runtime.synchronize()
+    if step < warm + steps - 1:
+        raise Fault("--run-prof needs {} steps, the data has {}: lower --batch-size".format(warm + steps, step + 1))
+    if run.runtime.is_main:
+        record.export_chrome_trace(path)
+        print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=10))
+        print("=> {} steps profiled; open {} in chrome://tracing".format(steps, path), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Entry
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(run):
+    """All epochs that are left, each with its evaluation and its checkpoint."""
+    flags, progress, log = run.flags, run.progress, run.log
+    while progress.epoch < flags.epochs:
+        row = train_epoch(run)
+        average_batchnorm(run.model, run.team)
+        try:
+            val_loss, acc1, acc5, _ = evaluate(run)
+        except Stopped:
+            save(run)
+            raise
+        row.update(epoch=progress.epoch, lr=learning_rate(flags, progress.epoch), val_loss=val_loss, acc1=acc1,
+                   acc5=acc5)
+        best = acc1 > progress.best_acc1 or not progress.rows
+        progress.rows = [old for old in progress.rows if old["epoch"] < progress.epoch] + [row]
+        progress.best_acc1 = max(acc1, progress.best_acc1)
+        progress.epoch, progress.images, progress.sums = progress.epoch + 1, 0, [0.0] * 4
+        save(run, best)
+        if run.runtime.is_main:
+            write_metrics(flags, progress.rows)
+        log.scalars(row)
+        log.line("=> epoch {} took {:.1f} s: loss {:.4f}, best Acc@1 {:.3f}, FPS {:.2f} ( {:.2f} )".format(
+            row["epoch"], row["seconds"], row["train_loss"], progress.best_acc1, row["fps"], row["fps"]))
+    if not progress.rows:
+        raise Fault("nothing to do: --epochs {} are done in {}".format(flags.epochs, flags.resume or "--start-epoch"))
+    best = max(progress.rows, key=lambda row: row["acc1"])
+    fps = Meter.images / Meter.seconds if Meter.seconds else progress.rows[-1]["fps"]
+    log.line("Result: Acc@1 {:.3f} Acc@5 {:.3f} images/sec {:.2f} loss {:.4f}".format(
+        best["acc1"], best["acc5"], fps, progress.rows[-1]["train_loss"]))
+
+
+def worker(flags, kind, notes):
+    """One process of a run, from the device to the result."""
+    runtime = open_device(flags, kind)
+    team = Team(flags, runtime)
+    try:
+        work(flags, runtime, team, notes)
+        return 0
+    except Stopped as stopped:
+        if runtime.is_main:
+            print("=> {}: stopped{}".format(signal.Signals(stopped.signum).name, "" if flags.evaluate else
+                  ", saved; --resume auto goes on from here"), file=sys.stderr, flush=True)
+        return 128 + stopped.signum
+    except Fault as fault:
+        if team.speaks_first():
+            raise Fault("rank {}: {}".format(runtime.rank, fault) if team.size > 1 else str(fault))
+        return 1
+
+
+def work(flags, runtime, team, notes):
+    log = Log(flags, runtime)
+    checkpoint, path = None, flags.resume
+    if flags.resume == "auto":
+        checkpoint, path = newest_checkpoint(flags)
+    elif flags.resume:
+        checkpoint = read_checkpoint(path)
+    drawn = flags.seed
+    if drawn is None:
+        drawn = checkpoint["seed"] if checkpoint and "seed" in checkpoint else random.SystemRandom().randrange(2 ** 31)
+    seed = int(team.sum([drawn if runtime.is_main else 0])[0])
+    if flags.seed is not None:
+        make_deterministic()
+    elif runtime.module:
+        torch.backends.cudnn.benchmark = True
+    torch.manual_seed(seed)
+
+    train_images, val_images = open_images(flags)
+    num_classes = len(val_images.classes)
+    precision = Precision(flags, runtime)
+    model = build_model(flags, runtime, num_classes)
+    local = flags.batch_size // runtime.local_size
+    workers = flags.workers if flags.workers is not None else max(1, usable_cores() // runtime.local_size)
+    kept = kind_keeps_memory(runtime)
+    log.line("=> {} on {}{}, {} process(es) of {} images a step, {} worker(s) each, {}, seed {}{}".format(
+        flags.arch, runtime.device, " ({})".format("; ".join(notes)) if notes else "", team.size, local, workers,
+        precision, seed, ", freed memory kept" if kept else ""))
+    if local < 1:
+        raise Fault("--batch-size {} is less than one image for each of {} processes".format(
+            flags.batch_size, runtime.local_size))
+    if flags.pretrained:
+        log.line("=> weights of {}".format(load_pretrained(model, flags)))
+    if checkpoint:
+        load_weights(model, checkpoint, path)
+    bad = BadImages(flags, runtime, team, log)
+    val_order = BatchOrder(len(val_images), local, runtime)
+    val_loader = make_loader(ImageBatches(val_images, flags, seed, train=False), val_order, workers, runtime)
+    parameters = precision.prepare(model)
+    run = Run(flags, runtime, team, precision, model, val_loader, bad, log, seed=seed)
+    if flags.evaluate:
+        team.listen()
+        loss, acc1, acc5, fps = evaluate(run)
+        log.line("Result: Acc@1 {:.3f} Acc@5 {:.3f} images/sec {:.2f} loss {:.4f}".format(acc1, acc5, fps, loss))
+        return
+    order = BatchOrder(len(train_images), local, runtime, seed)
+    if order.count < order.total:
+        raise Fault("{} training images are fewer than the {} of one step: lower --batch-size".format(
+            order.count, order.total))
+    run.train_loader = make_loader(ImageBatches(train_images, flags, seed, train=True), order, workers, runtime)
+    run.model, run.optimizer = precision.initialize(model, build_optimizer(flags, runtime, precision, parameters))
+    run.train_model = wrap_for_training(run.model, runtime)
+    run.progress.epoch = flags.start_epoch
+    lock = lock_folder(flags, runtime)
+    if checkpoint:
+        restore(run, checkpoint, path)
+        if runtime.is_main and run.progress.rows:
+            write_metrics(flags, run.progress.rows)
+    team.listen()
+    if flags.run_prof:
+        profile(run)
+    else:
+        train(run)
+    if lock is not None:
+        os.close(lock)
+
+
+def kind_keeps_memory(runtime):
+    return runtime.kind.name == "cpu" and keep_freed_memory()
+
+
+def lock_folder(flags, runtime):
+    """Claims --output-dir for this run.
+
+    Raises:
+        Fault: another run writes there, or it can't be made.
+    """
+    if not runtime.is_main:
+        return None
+    try:
+        os.makedirs(flags.output_dir, exist_ok=True)
+        folder = os.open(flags.output_dir, os.O_RDONLY)
+        for attempt in range(30):  # loaders of a run that was killed may take a moment to go
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return folder
+            except BlockingIOError:
+                time.sleep(0.1)
+        raise Fault("another run writes to {!r}: give this one its own --output-dir".format(flags.output_dir))
+    except OSError as error:
+        raise Fault("can't use --output-dir {!r}: {}".format(flags.output_dir, error.strerror))
+
+
+def check_data(flags):
+    """Reads every image and lists the bad ones; the exit status."""
+    runtime, found = Runtime(KINDS["cpu"], torch.device("cpu")), 0
+    workers = flags.workers if flags.workers is not None else usable_cores()
+    for name in ("train", "val"):
+        images, done, begin = Folder(os.path.join(flags.data, name)), 0, time.time()
+        order = BatchOrder(len(images), 64, runtime)
+        loader = make_loader(ImageBatches(images, flags, 0, train=False), order, workers, runtime)
+        for _, labels, bad in loader:
+            done += len(labels)
+            for index in bad:
+                try:
+                    images.read(index, val_plan(64, 64), 64)
+                except (OSError, ValueError) as error:
+                    print("bad: {}\t{}".format(ascii(images.path(index))[1:-1], first_line(error)))
+            found += len(bad)
+            if done % 6400 < 64 or done == len(images):
+                print("{}: {} of {} images, {:.0f} a second".format(
+                    name, done, len(images), done / (time.time() - begin)), file=sys.stderr, flush=True)
+    print("{} bad image(s)".format(found))
+    return 1 if found else 0
+
+
+def launch(flags, argv, kind):
+    """Starts one process a card of this node, and ends them all when one fails; gives their exit status."""
+    children, cards, killed = [], flags.device_list, {}
+    with tempfile.TemporaryDirectory(prefix="mnasnet-") as folder:
+        url = flags.dist_url
+        if flags.nodes == 1 and url == "env://" and "MASTER_ADDR" not in os.environ:
+            url = "file://" + os.path.join(folder, "meeting")  # one node needs no port
+        for signum in SIGNALS:
+            signal.signal(signum, lambda number, frame: tell(children, number))
+        for place in range(len(cards)):
+            command = [sys.executable, os.path.abspath(__file__)] + argv + [
+                "--local_rank", str(place), "--dist-url", url, "--device", kind.name,
+                "--device-list", ",".join(map(str, cards))]
+            children.append(subprocess.Popen(command, start_new_session=True,
+                                             preexec_fn=lambda: die_with_parent(signal.SIGTERM)))
+        try:
+            return watch(children, flags.node_rank * len(cards))
+        finally:
+            for child in children:  # with what it started: its process group
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+
+
+def tell(children, signum):
+    for child in children:
+        if child.poll() is None:
+            child.send_signal(signum)
+
+
+def watch(children, first_rank, grace=10.0):
+    """Waits for the children; once one has failed, the others get ``grace`` seconds to end."""
+    stops, deadline, status = {128 + s for s in SIGNALS}, math.inf, 0
+    while any(child.poll() is None for child in children) and time.time() < deadline:
+        time.sleep(0.05)
+        ended = [(place, child.returncode) for place, child in enumerate(children) if child.poll()]
+        if ended and not status:
+            place, code = ended[0]
+            status = code if code > 0 else 128 - code
+            deadline = time.time() + (60.0 if status in stops else grace)
+            if code < 0:
+                print("main.py: error: rank {} was killed by {}; ending the others".format(
+                    first_rank + place, signal.Signals(-code).name), file=sys.stderr, flush=True)
+            if status not in stops:
+                tell(children, signal.SIGTERM)
+    return status or max(abs(child.poll() or 0) for child in children)
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags = parse_args(argv)
+    try:
+        if flags.check_data:
+            return check_data(flags)
+        kind, notes = choose_kind(flags)
+        if flags.multiprocessing_distributed and not flags.device_list:
+            if kind.name == "cpu":
+                raise Fault("--multiprocessing-distributed on the cpu needs --device-list 0,1,...: one number a process")
+            flags.device_list = list(range(cards_present(kind)[0]))
+        if flags.multiprocessing_distributed and flags.local_rank is None:
+            if not flags.synthetic:
+                open_images(flags)  # one message, before as many processes say it
+            return launch(flags, argv, kind)
+        return worker(flags, kind, notes)
+    except Fault as fault:
+        print("main.py: error: {}".format(str(fault).splitlines()[-1]), file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Trains to full accuracy on one card. --help lists the arguments.
+set -euo pipefail
+# shellcheck source=test/common.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+kind=acc
+cards=1
+batch_size=512
+lr=0.7
+epochs=300
+recipe=(--warmup=5 --wd=1e-5)
+run_case "$@"

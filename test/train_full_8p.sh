@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Trains to full accuracy on eight cards. --help lists the arguments.
+set -euo pipefail
+# shellcheck source=test/common.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+kind=acc
+cards=8
+batch_size=4096
+lr=1.4
+epochs=300
+recipe=(--warmup=5 --wd=1e-5)
+run_case "$@"
