@@ -1,0 +1,171 @@
+"""Functions of main.py that need no process of their own."""
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+
+
+def flags(*arguments):
+    return main.parse_args(["somewhere"] + list(arguments))
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    f = flags("--lr", "1", "--epochs", "10", "--warmup", "2")
+    rates = [main.learning_rate(f, e / 10) for e in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[20] == pytest.approx(1) and rates[60] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0) and rates[:21] == sorted(rates[:21])
+
+
+def test_smoothed_cross_entropy_is_the_cross_entropy_against_smoothed_targets():
+    logits, labels = torch.randn(5, 7), torch.tensor([0, 1, 2, 6, 3])
+    target = torch.full((5, 7), 0.1 / 7)
+    target[range(5), labels] += 0.9
+    expected = -(target * torch.log_softmax(logits, 1)).sum(1).mean()
+    assert main.smoothed_cross_entropy(logits, labels, 0.1).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("world,batch", [(1, 10), (2, 3), (3, 7), (8, 4)])
+def test_evaluation_takes_every_image_once(world, batch):
+    seen, steps = [], set()
+    for rank in range(world):
+        order = main.BatchOrder(31, batch, main.Runtime(main.KINDS["cpu"], torch.device("cpu"), rank, world_size=world))
+        taken = list(order)
+        steps.add(len(order))
+        assert len(taken) <= len(order)
+        seen += [i for _, indices in taken for i in indices]
+    assert sorted(seen) == list(range(31)) and len(steps) == 1
+
+
+def test_the_order_of_training_goes_on_in_the_middle_and_splits_over_processes():
+    def epoch(world, batch, first=0):
+        runs = []
+        for rank in range(world):
+            place = main.Runtime(main.KINDS["cpu"], torch.device("cpu"), rank, world_size=world)
+            order = main.BatchOrder(40, batch, place, seed=3)
+            order.epoch, order.first = 5, first
+            runs.append([list(indices) for _, indices in order])
+        return [sum(step, []) for step in zip(*runs)]
+
+    assert epoch(1, 8) == epoch(2, 4) == epoch(4, 2)
+    assert epoch(1, 8)[2:] == epoch(2, 4, first=16)
+
+
+def classic(image, plan, size):
+    """Crop, then resize, then crop again: the usual Pillow steps, one after the other."""
+    (left, top, w, h), resized, (x, y) = plan(*image.size)
+    image = image.convert("RGB").crop((left, top, left + w, top + h)).resize(resized, Image.BILINEAR)
+    return np.asarray(image.crop((x, y, x + size, y + size)), dtype=np.float32)
+
+
+@pytest.mark.parametrize("shape", [(500, 375), (375, 500), (230, 230), (1600, 1200), (40, 300)])
+def test_images_are_those_of_the_classic_pipeline(tmp_path, shape):
+    small = np.random.RandomState(0).randint(0, 256, (shape[1] // 20 + 2, shape[0] // 20 + 2, 3)).astype(np.uint8)
+    path = str(tmp_path / "a.jpg")
+    Image.fromarray(small).resize(shape, Image.BICUBIC).save(path, quality=90)
+    for seed in range(4):
+        plans = [main.train_plan(64, 0.3, random.Random(seed)) for _ in range(2)] + [main.val_plan(72, 64)] * 2
+        for ours, theirs in (plans[:2], plans[2:]):
+            found = main.read_image(path, ours, 64).astype(np.float32)
+            assert np.abs(found - classic(Image.open(path), theirs, 64)).mean() < 2
+
+
+def read(path):
+    return main.read_image(str(path), main.val_plan(32, 32), 32)
+
+
+def test_odd_images_are_read(tmp_path):
+    grey = Image.fromarray(np.full((40, 40), 100, np.uint8))
+    for name, image, expected in [
+            ("cmyk.jpg", Image.new("CMYK", (40, 40), (0, 0, 0, 155)), 100), ("palette.png", grey.convert("P"), 100),
+            ("grey.jpg", grey, 100), ("sixteen.png", Image.fromarray(np.full((40, 40), 25700, np.uint16)), 100),
+            ("clear.png", Image.new("RGBA", (40, 40), (0, 0, 0, 0)), 255)]:
+        image.save(str(tmp_path / name))
+        assert np.abs(read(tmp_path / name).astype(int) - expected).max() <= 3, name
+    grey.save(str(tmp_path / "really.png"))
+    (tmp_path / "really.png").rename(tmp_path / "a.JPEG")
+    assert read(tmp_path / "a.JPEG").mean() == 100
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\xff\xd8\xff\xe0 no image", b"\x89PNG\r\n\x1a\n"])
+def test_broken_images_are_refused(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises((OSError, ValueError)):
+        read(tmp_path / "a.jpg")
+
+
+def test_a_cut_image_is_refused(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (90, 90, 3)).astype(np.uint8)).save(str(path))
+    path.write_bytes(path.read_bytes()[:-900])
+    with pytest.raises((OSError, ValueError)):
+        read(path)
+
+
+class Payload:
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+@pytest.mark.parametrize("save", [lambda value, path: torch.save(value, path), None])
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch, save):
+    monkeypatch.chdir(tmp_path)
+    if save:
+        save({"state_dict": Payload()}, "bad.pth")
+    else:
+        (tmp_path / "bad.pth").write_bytes(pickle.dumps({"state_dict": Payload()}))
+    with pytest.raises(main.Fault, match="bad.pth"):
+        main.read_checkpoint("bad.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_checkpoint_is_found_out(tmp_path):
+    path = str(tmp_path / "c.pth.tar")
+    value = {"weights": torch.arange(5000.0), "epoch": 3}
+    main.write_checkpoint(value, path)
+    assert torch.equal(main.read_checkpoint(path)["weights"], value["weights"])
+    whole = (tmp_path / "c.pth.tar").read_bytes()
+    rng = random.Random(0)
+    for _ in range(20):
+        (tmp_path / "c.pth.tar").write_bytes(whole[:rng.randrange(len(whole))])
+        with pytest.raises(main.Fault):
+            main.read_checkpoint(path)
+        at = rng.randrange(len(whole))
+        (tmp_path / "c.pth.tar").write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1:])
+        try:  # a bit of the zip file's padding changes nothing
+            assert torch.equal(main.read_checkpoint(path)["weights"], value["weights"])
+        except main.Fault:
+            pass
+
+
+def test_older_checkpoints_are_kept(tmp_path):
+    paths = [str(tmp_path / name) for name in ("a", "a-1", "a-2")]
+    for epoch in range(4):
+        main.write_checkpoint({"epoch": epoch}, paths[0], paths[1:])
+    assert [main.read_checkpoint(p)["epoch"] for p in paths] == [3, 2, 1]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("arguments,words", [
+    ([], "no data folder"), (["d", "--epochs", "none"], "whole number"), (["d", "-b", "0"], "at least 1"),
+    (["d", "--device", "tpu"], "npu"), (["d", "--device-list", "0,0"], "different card numbers"),
+    (["d", "-e"], "--resume"), (["d", "--val-crop-size", "300"], "--val-resize-size"), (["d", "--lr", "nan"], "number"),
+    (["d", "--rank", "2", "--world-size", "2"], "--world-size")])
+def test_flags_that_can_not_be(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        main.parse_args(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_reference_command_line_is_understood():
+    f = flags(*"--device npu --device-list 0,1,2,3,4,5,6,7 -a mnasnet1_0 -j 16 --epochs 300 --start-epoch 1 -b 4096 "
+              "--ls 0.1 --learning-rate 1.4 --momentum 0.9 --weight-decay 1e-5 -p 20 --world-size 1 --rank 0 --npu 3 "
+              "--dist-url env:// --dist-backend hccl --seed 49 --warmup 5 --local_rank 2 --run-prof "
+              "--multiprocessing-distributed".split())
+    assert f.device_list == list(range(8)) and (f.lr, f.wd, f.label_smoothing, f.local_rank) == (1.4, 1e-5, 0.1, 2)

@@ -1,0 +1,209 @@
+"""main.py in processes of its own: training, evaluation, several processes, stopping and going on."""
+
+import csv
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import main
+from conftest import ROOT, SMALL, run_main, the_error
+
+TWO = ["--multiprocessing-distributed", "--device-list", "0,1"]
+BF16 = hasattr(torch, "autocast")  # what O1 and O2 need on the cpu
+
+
+def losses(result):
+    assert result.returncode == 0, result.stdout + result.stderr
+    return [float(x) for x in re.findall(r"^Epoch:.*?Loss +(\S+)", result.stdout, re.M)]
+
+
+def counts(result):
+    assert result.returncode == 0, result.stdout + result.stderr
+    return re.findall(r"\* Acc@1 (\S+) Acc@5 (\S+)", result.stdout)[-1]
+
+
+def checkpoint(folder, name="checkpoint.pth.tar"):
+    return main.read_checkpoint(str(folder / name))
+
+
+def same(one, other):
+    """Whether two checkpoints are equal to the last bit, but for what a clock measured."""
+    if isinstance(one, dict):
+        ours = [k for k in one if k not in ("fps", "seconds", "data_wait")]
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in ours)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    result = run_main(images, "--epochs", 2, "--seed", 1, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result
+
+
+def test_what_a_run_leaves(trained):
+    folder, result = trained
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoint-1.pth.tar", "checkpoint.pth.tar", "metrics.csv", "model_best.pth.tar"]
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1"] and tuple(rows[0]) == main.COLUMNS
+    assert checkpoint(folder)["best_acc1"] == max(row["acc1"] for row in checkpoint(folder)["rows"])
+    assert re.search(r"^Result: Acc@1 \S+ Acc@5 \S+ images/sec \S+ loss \S+$", result.stdout, re.M)
+
+
+def test_the_reference_way_of_reading_the_log(trained):
+    lines = trained[1].stdout.splitlines()
+    fps = [line for line in lines if "FPS" in line][-1].split()[-2]
+    accuracy = [line for line in lines if "* Acc@1" in line][-1].split("Acc@1")[1].split()[0]
+    loss = [line.split("Loss")[1].split()[0] for line in lines if "Epoch:" in line]
+    assert float(fps) > 0 and 0 <= float(accuracy) <= 100 and len([float(x) for x in loss]) == 8
+
+
+def test_the_result_does_not_depend_on_the_workers(images, trained, tmp_path):
+    result = subprocess.run([sys.executable, str(ROOT / "main.py"), str(images), "--epochs", "2", "--seed", "1"] + SMALL
+                            + ["--workers", "0"], cwd=str(tmp_path), stdout=subprocess.PIPE, universal_newlines=True)
+    assert result.returncode == 0 and same(checkpoint(trained[0]), checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_evaluation_counts_do_not_depend_on_the_processes(images, trained, processes):
+    path = trained[0] / "model_best.pth.tar"
+    expected = [row for row in checkpoint(trained[0], "model_best.pth.tar")["rows"]][-1]
+    several = ["--multiprocessing-distributed", "--device-list", ",".join(map(str, range(processes)))]
+    result = run_main(images, "-e", "--resume", path, *(several if processes > 1 else []), cwd=trained[0])
+    assert counts(result)[0] == "{:.3f}".format(expected["acc1"])
+    assert "of 31 images" in result.stdout
+
+
+def test_two_processes_train_as_one_does(images, tmp_path):
+    arguments = [images, "--epochs", 1, "--seed", 2, "--freeze-bn", "--ls", 0.1]
+    one = run_main(*arguments, cwd=tmp_path)
+    two = run_main(*arguments, *TWO, cwd=tmp_path)
+    # the log shows the first process's half of each batch; metrics.csv holds the mean over both
+    losses(one), losses(two)
+    rows = [checkpoint(tmp_path, name)["rows"][0] for name in ("checkpoint-1.pth.tar", "checkpoint.pth.tar")]
+    assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=1e-4)
+
+
+def test_started_from_outside(images, tmp_path):
+    port = str(29700 + int(time.time()) % 200)
+    commands = [[sys.executable, str(ROOT / "main.py"), str(images), "--epochs", "1", "--seed", "3",
+                 "--local_rank", rank, "--world-size", "1", "--rank", "0", "--dist-url",
+                 "tcp://127.0.0.1:" + port] + TWO + SMALL for rank in "01"]
+    runs = [subprocess.Popen(c, cwd=str(tmp_path), stdout=subprocess.PIPE, universal_newlines=True) for c in commands]
+    out = [run.communicate(timeout=200)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0] and "Result:" in out[0] and "Result:" not in out[1]
+
+
+@pytest.mark.skipif(not BF16, reason="torchrun came later")
+def test_torchrun(images, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29911",
+               str(ROOT / "main.py"), str(images), "--epochs", "1", "--seed", "3"] + SMALL
+    done = subprocess.run(command, cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          universal_newlines=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.count("Result:") == 1, done.stdout
+
+
+def stop(arguments, cwd, signum, lines):
+    """Sends a signal after so many log lines of training; (exit status, seconds it took)."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "main.py")] + [str(a) for a in arguments] + SMALL,
+                               cwd=str(cwd), stdout=subprocess.PIPE, universal_newlines=True)
+    for line in process.stdout:
+        lines -= line.startswith("Epoch:")
+        if not lines:
+            break
+    process.send_signal(signum)
+    begin = time.time()
+    process.stdout.read()
+    return process.wait(), time.time() - begin
+
+
+@pytest.mark.parametrize("extra", [[], TWO] + ([["--opt-level", "O2"]] if BF16 else []), ids=lambda e: "_".join(e) or "1")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_an_interrupted_run_ends_as_one_that_was_not(images, tmp_path, extra, signum):
+    arguments = [images, "--epochs", 2, "--seed", 4, "--save-freq", 3, "--resume", "auto"] + extra
+    folders = [tmp_path / "whole", tmp_path / "broken"]
+    for folder in folders:
+        folder.mkdir()
+    losses(run_main(*arguments, cwd=folders[0]))
+    status, seconds = stop(arguments, folders[1], signum, 6)
+    assert status == (143 if signum == signal.SIGTERM else -9) and seconds < 30
+    result = run_main(*arguments, cwd=folders[1])
+    losses(result)
+    assert "resumed from" in result.stdout
+    assert same(checkpoint(folders[0]), checkpoint(folders[1]))
+
+
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_low_precision(images, tmp_path, level):
+    result = run_main(images, "--epochs", 1, "--seed", 1, "--opt-level", level, cwd=tmp_path)
+    if not BF16:
+        assert "--opt-level O0" in the_error(result)
+        return
+    losses(result)
+    assert {t.dtype for t in checkpoint(tmp_path)["state_dict"].values()} == {torch.float32, torch.int64}
+
+
+def test_bad_images_are_named_and_replaced(images, tmp_path):
+    data = tmp_path / "data"
+    subprocess.check_call(["cp", "-r", str(images), str(data)])
+    for split in ("train", "val"):
+        (data / split / "class 1" / "0 bad.jpg").write_bytes(b"<html>")
+    result = run_main(data, "--epochs", 1, cwd=tmp_path)
+    losses(result)
+    assert len((tmp_path / "bad_images.txt").read_text().splitlines()) == 2 and "of 32 images" in result.stdout
+    limited = run_main(data, "--epochs", 1, "--max-bad", 0, cwd=tmp_path)
+    assert "--max-bad 0" in the_error(limited)
+    checked = run_main(data, "--check-data", cwd=tmp_path)
+    assert checked.returncode == 1 and checked.stdout.count("bad:") == 2 and "2 bad image(s)" in checked.stdout
+
+
+@pytest.mark.parametrize("change,words", [
+    ("no folder", "no folder"), ("no val", "no folder"), ("empty class", "holds no image"),
+    ("other classes", "only in one of them"), ("no checkpoint", "no checkpoint"), ("no card", "is not there"),
+    ("small set", "lower --batch-size")])
+def test_mistakes_get_one_line(images, tmp_path, change, words):
+    data, extra = tmp_path / "data", []
+    if change != "no folder":
+        subprocess.check_call(["cp", "-r", str(images), str(data)])
+    if change == "no val":
+        subprocess.check_call(["rm", "-r", str(data / "val")])
+    if change == "empty class":
+        subprocess.check_call(["rm", "-r", str(data / "val" / "class 1")])
+        (data / "val" / "class 1").mkdir()
+    if change == "other classes":
+        (data / "val" / "class 1").rename(data / "val" / "class 9")
+    if change == "no checkpoint":
+        extra = ["--resume", "nowhere.pth"]
+    command = [sys.executable, str(ROOT / "main.py"), str(data)] + SMALL + extra
+    command += {"no card": ["--device", "npu"], "small set": ["-b", "64"]}.get(change, [])
+    result = subprocess.run(command, cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            universal_newlines=True)
+    assert words in the_error(result)
+
+
+def test_a_checkpoint_of_another_arch(images, trained):
+    result = run_main(images, "-e", "--resume", "checkpoint.pth.tar", "-a", "mnasnet1_3", cwd=trained[0], small=False)
+    assert "mnasnet0_5" in the_error(result)
+
+
+def test_reference_and_plain_checkpoints_evaluate(images, trained, tmp_path):
+    state = checkpoint(trained[0])["state_dict"]
+    torch.save(state, str(tmp_path / "plain.pth"))
+    prefixed = {"module." + name: value for name, value in state.items()}
+    torch.save({"epoch": 2, "state_dict": prefixed, "amp": {}, "best_acc1": 1.0}, str(tmp_path / "reference.pth"))
+    found = {counts(run_main(images, "-e", "--resume", tmp_path / name, cwd=tmp_path))
+             for name in ("plain.pth", "reference.pth")}
+    assert len(found) == 1
+
+
+def test_synthetic(tmp_path):
+    losses(run_main("--synthetic", 32, "--epochs", 1, cwd=tmp_path))
