@@ -131,6 +131,7 @@ def parse_args(argv=None):
     add("-a", "--arch", choices=ARCHS, default="mnasnet1_0", help="network")
     add("--bn-momentum", type=fraction(0, 1, above=True), default=0.1, metavar="M",
         help="weight of a new batch in BatchNorm's running statistics")
+    add("--dropout", type=fraction(0, 1), default=0.2, metavar="P", help="share of the classifier's inputs zeroed")
     add("--freeze-bn", action="store_true", help="train with BatchNorm's running statistics as they are")
     add("--pretrained", action="store_true", help="start from torchvision's published weights")
     add("--weights", metavar="FILE", help="with --pretrained: take the weights from this file, not from the net")
@@ -526,10 +527,10 @@ class Precision:
         if self.input_dtype == torch.float32:
             return parameters
         self.masters = [p.detach().float().clone().requires_grad_() for p in parameters]
-        model.to(self.dtype)
         for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.float()
+            if not isinstance(module, torch.nn.BatchNorm2d):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(self.dtype)
         return self.masters
 
     def initialize(self, model, optimizer):
@@ -958,7 +959,8 @@ def to_device(loader, runtime, dtype):
 
 
 def build_model(flags, runtime, num_classes):
-    model = getattr(mnasnet, flags.arch)(num_classes=num_classes, bn_momentum=flags.bn_momentum)
+    model = getattr(mnasnet, flags.arch)(num_classes=num_classes, dropout=flags.dropout,
+                                        bn_momentum=flags.bn_momentum)
     model = model.to(runtime.device)
     return model.to(memory_format=torch.channels_last) if runtime.channels_last else model
 
@@ -1418,6 +1420,7 @@ def restore(run, checkpoint, path):
         with torch.no_grad():
             for master, (name, _) in zip(run.precision.masters, run.model.named_parameters()):
                 master.copy_(checkpoint["state_dict"][name])
+        run.precision.take_masters(run.model)
     stepped = [p for group in run.optimizer.param_groups for p in group["params"]]
     if "optimizer" in checkpoint:
         try:

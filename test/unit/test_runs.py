@@ -84,7 +84,7 @@ def test_evaluation_counts_do_not_depend_on_the_processes(images, trained, proce
 
 
 def test_two_processes_train_as_one_does(images, tmp_path):
-    arguments = [images, "--epochs", 1, "--seed", 2, "--freeze-bn", "--ls", 0.1]
+    arguments = [images, "--epochs", 1, "--seed", 2, "--freeze-bn", "--dropout", 0]
     one = run_main(*arguments, cwd=tmp_path)
     two = run_main(*arguments, *TWO, cwd=tmp_path)
     # the log shows the first process's half of each batch; metrics.csv holds the mean over both
