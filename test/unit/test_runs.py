@@ -38,7 +38,7 @@ def same(one, other):
         return one.keys() == other.keys() and all(same(one[k], other[k]) for k in ours)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if torch.is_tensor(one) else one == other
+    return torch.equal(one, other) if torch.is_tensor(one) else one == other or (one != one and other != other)
 
 
 @pytest.fixture(scope="module")
