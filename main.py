@@ -28,6 +28,7 @@ import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -889,6 +890,14 @@ def quiet_worker(index):
         signal.signal(signum, signal.SIG_IGN)
 
 
+def end_loaders():
+    """Ends the loader processes in the middle of their work. They ignore SIGTERM, for which the older torch would wait
+    at exit for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take their end for a fault
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 def make_loader(batches, order, workers, runtime):
     options = {"num_workers": workers, "pin_memory": runtime.kind.name != "cpu"}
     if workers and accepts(torch.utils.data.DataLoader.__init__, "persistent_workers"):
@@ -1733,11 +1742,13 @@ def worker(flags, kind, notes):
         work(flags, runtime, team, notes)
         return 0
     except Stopped as stopped:
+        end_loaders()
         if runtime.is_main:
             print("=> {}: stopped{}".format(signal.Signals(stopped.signum).name, "" if flags.evaluate else
                   ", saved; --resume auto goes on from here"), file=sys.stderr, flush=True)
         return 128 + stopped.signum
     except Fault as fault:
+        end_loaders()
         if team.speaks_first():
             raise Fault("rank {}: {}".format(runtime.rank, fault) if team.size > 1 else str(fault))
         return 1

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -121,11 +122,14 @@ def stop(arguments, cwd, signum, lines):
         if not lines:
             break
     process.send_signal(signum)
-    begin = time.time()
+    begin, limit = time.time(), threading.Timer(60, process.kill)
+    limit.start()
     process.stdout.read()
+    limit.cancel()
     return process.wait(), time.time() - begin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [[], TWO] + ([["--opt-level", "O2"]] if BF16 else []), ids=lambda e: "_".join(e) or "1")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_an_interrupted_run_ends_as_one_that_was_not(images, tmp_path, extra, signum):

@@ -77,6 +77,7 @@ def test_a_failed_training_is_reported(clone, images, tmp_path):
     assert result.returncode == 1 and "Final" not in result.stdout and "no folder" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_stopped_script_saves_and_goes_on(clone, images, tmp_path):
     command = ["bash", str(clone / "test" / "train_full_1p.sh"), "--python=" + sys.executable, "--device=cpu",
                "--data_path={}".format(images), "--epochs=3", "--batch_size=8", "--lr=0.01", "--workers=1",
