@@ -19,14 +19,11 @@ import contextlib
 import csv
 import ctypes
 import datetime
-import errno
 import fcntl
 import functools
-import glob
 import importlib
 import inspect
 import io
-import json
 import math
 import multiprocessing
 import os
@@ -38,7 +35,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -380,7 +376,7 @@ class Team:
 
     def poll(self, news=0):
         """The signal that any process has had (0: none), and the largest ``news``; every process calls this as often
-        as the others. Takes 0.2 ms among 2 processes."""
+        as the others."""
         if self.size == 1:
             return self.signal, news
         values = torch.tensor([self.signal, news])
@@ -744,10 +740,7 @@ def read_image(path, plan, size):
 
 @functools.lru_cache(None)
 def fast_decoder():
-    """torchvision's JPEG decoder, JPEG bytes -> uint8 [3, H, W], where torch can also resize uint8; else None.
-
-    Decoding and resizing so takes 0.65 of Pillow's time (test/bench/bench_data.py).
-    """
+    """torchvision's JPEG decoder, JPEG bytes -> uint8 [3, H, W], where torch can also resize uint8; else None."""
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -1356,8 +1349,7 @@ def newest_checkpoint(flags):
     Raises:
         Fault: there are some, and all are damaged.
     """
-    names = glob.glob(os.path.join(glob.escape(flags.output_dir), "checkpoint*.pth.tar"))
-    paths = [p for p in [checkpoint_path(flags, age) for age in range(100)] if p in names or os.path.exists(p)]
+    paths = [path for path in (checkpoint_path(flags, age) for age in range(100)) if os.path.exists(path)]
     faults = []
     for path in paths:
         try:
