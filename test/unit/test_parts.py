@@ -30,6 +30,23 @@ def test_smoothed_cross_entropy_is_the_cross_entropy_against_smoothed_targets():
     assert main.smoothed_cross_entropy(logits, labels, 0.1).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("side", [7, 8])
+def test_depthwise_convolutions_have_the_gradients_of_float64(side):
+    runtime = main.Runtime(main.KINDS["cpu"], torch.device("cpu"))
+    model = main.build_model(flags("-a", "mnasnet0_5"), runtime, 10)
+    convs = {(m.kernel_size, m.stride): m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1}
+    for conv in convs.values():
+        images = torch.randn(2, conv.groups, side, side, requires_grad=True)
+        exact = [t.detach().double().requires_grad_() for t in (images, conv.weight)]
+        expected = torch.nn.functional.conv2d(*exact, stride=conv.stride, padding=conv.padding, groups=conv.groups)
+        found = conv(images)
+        toward = torch.randn_like(found)
+        found.backward(toward)
+        expected.backward(toward.double())
+        for ours, theirs in ((found, expected), (images.grad, exact[0].grad), (conv.weight.grad, exact[1].grad)):
+            assert (ours.double() - theirs).abs().max() < 1e-4 * theirs.abs().max(), conv
+
+
 @pytest.mark.parametrize("world,batch", [(1, 10), (2, 3), (3, 7), (8, 4)])
 def test_evaluation_takes_every_image_once(world, batch):
     seen, steps = [], set()
