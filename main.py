@@ -623,6 +623,21 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 SYNTHETIC_CLASSES = 1000
 
 
+def class_names(root):
+    """The class folders of a folder, sorted.
+
+    Raises:
+        Fault: the folder is missing, or holds no folders.
+    """
+    if not os.path.isdir(root):
+        raise Fault("no folder {!r}: the data folder needs train/ and val/, with one folder a class in each".format(
+            root))
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if not classes:
+        raise Fault("{!r} holds no folders: expected one folder of images a class".format(root))
+    return classes
+
+
 class Folder:
     """The images of a folder with one folder a class: ``classes``, ``paths`` (bytes, numpy) and ``labels`` [N].
 
@@ -631,13 +646,7 @@ class Folder:
     """
 
     def __init__(self, root):
-        self.root = root
-        if not os.path.isdir(root):
-            raise Fault("no folder {!r}: the data folder needs train/ and val/, with one folder a class in each".format(
-                root))
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        if not self.classes:
-            raise Fault("{!r} holds no folders: expected one folder of images a class".format(root))
+        self.root, self.classes = root, class_names(root)
         paths, labels = [], []
         for label, name in enumerate(self.classes):
             found = []
@@ -899,21 +908,21 @@ def make_loader(batches, order, workers, runtime):
 
 
 def open_images(flags):
-    """(training images, validation images).
+    """(training images, or None where nothing is trained; validation images).
 
     Raises:
         Fault: a folder has the wrong shape, or the two have different classes.
     """
     if flags.synthetic:
         return Synthetic(flags.synthetic), Synthetic(flags.synthetic)
-    val = Folder(os.path.join(flags.data, "val"))
-    if flags.evaluate:
-        return None, val
-    train = Folder(os.path.join(flags.data, "train"))
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
+    train_root, val_root = (os.path.join(flags.data, name) for name in ("train", "val"))
+    train, val = class_names(train_root), class_names(val_root)
+    if train != val:
+        odd = sorted(set(train) ^ set(val))
         raise Fault("train/ has {} classes and val/ {}, which must be the same: {!r} is only in one of them".format(
-            len(train.classes), len(val.classes), odd[0]))
+            len(train), len(val), odd[0]))
+    val = Folder(val_root)
+    train = None if flags.evaluate else Folder(train_root)
     return train, val
 
 

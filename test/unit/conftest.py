@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -16,11 +17,18 @@ SMALL = ["--device", "cpu", "-a", "mnasnet0_5", "-b", "8", "--train-crop-size", 
          "--val-crop-size", "32", "--lr", "0.01", "--workers", "1", "--print-freq", "1"]
 
 
-def run_main(*arguments, cwd, small=True, timeout=300, **environment):
-    """main.py in a process of its own: a CompletedProcess with text."""
+def run_main(*arguments, cwd, small=True, after=(), timeout=300, **environment):
+    """main.py in a process of its own: a CompletedProcess with text. ``after`` wins over what makes the run small."""
     command = [sys.executable, str(ROOT / "main.py")] + [str(a) for a in arguments] + (SMALL if small else [])
+    command += [str(a) for a in after]
     return subprocess.run(command, cwd=str(cwd), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout,
                           universal_newlines=True, env=dict(os.environ, **environment))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def the_error(result, status=1):

@@ -1,5 +1,6 @@
 """Functions of main.py that need no process of their own."""
 
+import hashlib
 import pickle
 import random
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 import main
+import mnasnet
 
 
 def flags(*arguments):
@@ -186,3 +188,22 @@ def test_reference_command_line_is_understood():
               "--dist-url env:// --dist-backend hccl --seed 49 --warmup 5 --local_rank 2 --run-prof "
               "--multiprocessing-distributed".split())
     assert f.device_list == list(range(8)) and (f.lr, f.wd, f.label_smoothing, f.local_rank) == (1.4, 1e-5, 0.1, 2)
+
+
+def test_published_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):
+    state = mnasnet.mnasnet0_5(num_classes=3).state_dict()
+    torch.save(state, str(tmp_path / "weights"))
+    digest = hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()[:10]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    model, f = mnasnet.mnasnet0_5(num_classes=3), flags("-a", "mnasnet0_5", "--pretrained")
+    for name, good in (("net-{}.pth".format("0" * 10), False), ("net-{}.pth".format(digest), True)):
+        (tmp_path / name).write_bytes((tmp_path / "weights").read_bytes())
+        monkeypatch.setitem(mnasnet.WEIGHTS, "mnasnet0_5", (tmp_path / name).as_uri())
+        if good:
+            main.load_pretrained(model, f)
+            (tmp_path / name).unlink()
+            main.load_pretrained(model, f)
+        else:
+            with pytest.raises(main.Fault, match="--weights FILE"):
+                main.load_pretrained(model, f)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

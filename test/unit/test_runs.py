@@ -1,6 +1,7 @@
 """main.py in processes of its own: training, evaluation, several processes, stopping and going on."""
 
 import csv
+import json
 import re
 import signal
 import subprocess
@@ -8,11 +9,14 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import main
-from conftest import ROOT, SMALL, run_main, the_error
+import mnasnet
+from conftest import ROOT, SMALL, free_port, run_main, the_error
 
 TWO = ["--multiprocessing-distributed", "--device-list", "0,1"]
 BF16 = hasattr(torch, "autocast")  # what O1 and O2 need on the cpu
@@ -95,7 +99,7 @@ def test_two_processes_train_as_one_does(images, tmp_path):
 
 
 def test_started_from_outside(images, tmp_path):
-    port = str(29700 + int(time.time()) % 200)
+    port = str(free_port())
     commands = [[sys.executable, str(ROOT / "main.py"), str(images), "--epochs", "1", "--seed", "3",
                  "--local_rank", rank, "--world-size", "1", "--rank", "0", "--dist-url",
                  "tcp://127.0.0.1:" + port] + TWO + SMALL for rank in "01"]
@@ -106,7 +110,7 @@ def test_started_from_outside(images, tmp_path):
 
 @pytest.mark.skipif(not BF16, reason="torchrun came later")
 def test_torchrun(images, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29911",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
                str(ROOT / "main.py"), str(images), "--epochs", "1", "--seed", "3"] + SMALL
     done = subprocess.run(command, cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           universal_newlines=True, timeout=200)
@@ -211,3 +215,67 @@ def test_reference_and_plain_checkpoints_evaluate(images, trained, tmp_path):
 
 def test_synthetic(tmp_path):
     losses(run_main("--synthetic", 32, "--epochs", 1, cwd=tmp_path))
+
+
+def test_two_nodes_of_two_processes(images, tmp_path):
+    address = "tcp://127.0.0.1:{}".format(free_port())
+    commands = [[sys.executable, str(ROOT / "main.py"), str(images), "--epochs", "1", "--seed", "3", "--world-size",
+                 "2", "--rank", node, "--dist-url", address] + TWO + SMALL for node in "01"]
+    runs = [subprocess.Popen(c, cwd=str(tmp_path), stdout=subprocess.PIPE, universal_newlines=True) for c in commands]
+    out = [run.communicate(timeout=200)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0] and "Result:" in out[0] and "Result:" not in out[1]
+    assert "4 processes met at " + address in out[0] and "of 31 images" in out[0]
+
+
+@pytest.mark.slow
+def test_counts_of_500_images(tmp_path):
+    data = np.load(str(ROOT / "test" / "data" / "fashion_mnist_2500.npz"))
+    for i, (image, label) in enumerate(zip(data["val_images"], data["val_labels"])):
+        for split in ("train", "val"):
+            folder = tmp_path / split / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            if split == "val" or not list(folder.iterdir()):
+                Image.fromarray(image).save(str(folder / "{}.png".format(i)))
+    torch.manual_seed(0)
+    model = mnasnet.mnasnet0_5(num_classes=10)
+    torch.save(model.state_dict(), str(tmp_path / "model.pth"))
+    # BatchNorm's fresh statistics keep the logits apart enough for every image to have a clear first choice
+    found = set()
+    for processes, batch in ((1, 64), (1, 7), (2, 34), (3, 100), (8, 24)):
+        several = ["--multiprocessing-distributed", "--device-list", ",".join(map(str, range(processes)))]
+        result = run_main(tmp_path, "-e", "--resume", "model.pth", *(several if processes > 1 else []), cwd=tmp_path,
+                          after=["-b", batch])
+        assert result.returncode == 0, result.stdout + result.stderr
+        found.add(re.search(r"\* Acc@1 .*\((\d+ and \d+ of 500 images)\)", result.stdout).group(1))
+    assert len(found) == 1, found
+
+
+def test_profile(images, tmp_path):
+    result = run_main(images, "--run-prof", cwd=tmp_path, after=["-b", "4"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.load((tmp_path / "trace.json").open())
+    assert re.search(r"conv", result.stdout) and "Self CPU" in result.stdout
+    assert "lower --batch-size" in the_error(run_main(images, "--run-prof", cwd=tmp_path))
+
+
+def test_tensorboard(images, tmp_path):
+    result = run_main(images, "--epochs", 1, "--tensorboard", "events", cwd=tmp_path)
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        assert "pip install tensorboard" in the_error(result)
+    else:
+        losses(result)
+        assert list((tmp_path / "events").iterdir())
+
+
+def test_pretrained_weights(images, tmp_path):
+    torch.save(mnasnet.mnasnet0_5(num_classes=7).state_dict(), str(tmp_path / "seven.pth"))
+    torch.save(mnasnet.mnasnet0_5(num_classes=4).state_dict(), str(tmp_path / "four.pth"))
+    fresh = run_main(images, "--epochs", 1, "--pretrained", "--weights", "seven.pth", cwd=tmp_path)
+    losses(fresh)
+    assert "7 classes in seven.pth, 4 here: the classifier starts fresh" in fresh.stdout
+    same_as_resumed = [counts(run_main(images, "-e", *model, cwd=tmp_path))
+                       for model in (["--pretrained", "--weights", "four.pth"], ["--resume", "four.pth"])]
+    assert same_as_resumed[0] == same_as_resumed[1]
+    assert "no checkpoint" in the_error(run_main(images, "--pretrained", "--weights", "none.pth", cwd=tmp_path))

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import mnasnet
 from conftest import ROOT
 
 SCRIPTS = ["train_full_1p.sh", "train_full_8p.sh", "train_performance_1p.sh", "train_performance_8p.sh",
@@ -69,6 +71,35 @@ def test_mistakes(clone, images, tmp_path, name):
         result = script(clone, name, *arguments, cwd=tmp_path)
         assert result.returncode != 0 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
         assert "Final" not in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_mistakes_that_the_trainer_finds(clone, images, tmp_path, name):
+    for broken, words in [("no train", "no folder"), ("no val", "no folder"), ("empty class", "holds no image"),
+                          ("other classes", "only in one of them"), ("no device", "is not there"),
+                          ("another arch", "does not fit"), ("bad flag", "--lr")]:
+        data, main_args, arguments = tmp_path / broken, list(TINY), ["--device=cpu"]
+        shutil.copytree(str(images), str(data))
+        torch.save(mnasnet.mnasnet1_3(num_classes=4).state_dict(), str(tmp_path / "other.pth"))
+        arguments.append("--resume=other.pth")
+        if broken.startswith("no t") or broken.startswith("no v"):
+            shutil.rmtree(str(data / broken.split()[1]))
+        elif broken == "empty class":
+            shutil.rmtree(str(data / "val" / "class 1"))
+            (data / "val" / "class 1").mkdir()
+        elif broken == "other classes":
+            (data / "val" / "class 1").rename(data / "val" / "class 9")
+        elif broken == "no device":
+            arguments[0] = "--device=npu"
+        elif broken == "bad flag":
+            main_args += ["--lr", "fast"]
+        result = script(clone, name, "--data_path={}".format(data), *arguments, "--batch_size=8", "--device_id=7",
+                        *(["--device_list=0,1"] if "8p" in name else []), "--", *main_args, cwd=tmp_path)
+        errors = {line for line in result.stderr.splitlines() if line.startswith("main.py: error:")}
+        assert result.returncode != 0 and len(errors) == 1 and words in errors.pop(), result.stdout + result.stderr
+        assert "Final" not in result.stdout and "Traceback" not in result.stderr
+        shutil.rmtree(str(data))
 
 
 def test_a_failed_training_is_reported(clone, images, tmp_path):
