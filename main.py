@@ -253,7 +253,7 @@ def cards_present(kind):
         try:
             importlib.import_module("torch_npu")
         except ImportError as error:
-            return 0, "torch_npu does not import ({})".format(str(error).splitlines()[0])
+            return 0, "torch_npu does not import ({})".format(first_line(error))
     module = getattr(torch, kind.module, None)
     count = module.device_count() if module is not None and module.is_available() else 0
     return count, "" if count else "torch.{} finds no card".format(kind.module)
@@ -306,6 +306,8 @@ def open_device(flags, kind):
         set_mode = getattr(runtime.module, "set_compile_mode", None)
         if set_mode:  # Ascend: the built-in operators, not one compiled for each shape
             set_mode(jit_compile=False)
+        if hasattr(runtime.module, "set_option") and "ACL_OP_COMPILER_CACHE_MODE" not in env:
+            runtime.module.set_option({"ACL_OP_COMPILER_CACHE_MODE": "enable"})  # keeps what is compiled
     elif "OMP_NUM_THREADS" not in env:
         torch.set_num_threads(max(1, usable_cores() // local_size))
     return runtime
@@ -493,7 +495,8 @@ class Precision:
         kind = runtime.kind
         self.level, self.dtype = flags.opt_level or kind.opt_level, kind.amp_dtype
         self.loss_scale = flags.loss_scale
-        self.apex = None if self.level == "O0" else find_apex(flags, kind)
+        found = find_apex(flags, kind) if self.level != "O0" or flags.amp_backend == "apex" else None
+        self.apex = found if self.level != "O0" else None
         self.autocast, self.scaler, self.masters = contextlib.nullcontext, None, None
         self.input_dtype = self.dtype if self.level == "O2" and not self.apex else torch.float32
         if self.level == "O0" or self.apex:
@@ -534,7 +537,17 @@ class Precision:
         if not self.apex:
             return model, optimizer
         options = {"combine_grad": True} if accepts(self.apex.initialize, "combine_grad") else {}  # Ascend's apex
-        return self.apex.initialize(model, optimizer, opt_level=self.level, loss_scale=self.loss_scale, **options)
+        weights = [p.detach().clone() for p in model.parameters()]
+        model, optimizer = self.apex.initialize(model, optimizer, opt_level=self.level, loss_scale=self.loss_scale,
+                                                **options)
+        # Has apex put its fp32 weights in the optimiser now, not at the first step, when a checkpoint's momentum has
+        # been rounded to the model's float16. It makes them of rounded weights: they get back what was lost.
+        optimizer.zero_grad()
+        with torch.no_grad():
+            stepped = (p for group in optimizer.param_groups for p in group["params"])
+            for parameter, weight in zip(stepped, weights):
+                parameter.copy_(weight)
+        return model, optimizer
 
     def backward_and_step(self, loss, model, optimizer):
         """Gradients of ``loss``, and the optimiser's step unless they overflowed; the gradients are cleared after."""
@@ -611,7 +624,9 @@ def find_scaler(kind):
     """The class of gradient scaler for the device."""
     amp = getattr(getattr(torch, kind.module), "amp", None)
     # On npu torch.npu.amp's comes first: the older cards saturate, and only it reads their overflow flag.
-    return amp.GradScaler if hasattr(amp, "GradScaler") else functools.partial(torch.amp.GradScaler, kind.module)
+    if hasattr(getattr(torch, "amp", None), "GradScaler") and not (kind.name == "npu" and hasattr(amp, "GradScaler")):
+        return functools.partial(torch.amp.GradScaler, kind.module)
+    return amp.GradScaler
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -979,14 +994,14 @@ def build_optimizer(flags, runtime, precision, parameters):
     return torch.optim.SGD(parameters, **options)
 
 
-def wrap_for_training(model, runtime):
+def wrap_for_training(model, runtime, precision):
     """``model``, or where there are several processes a DistributedDataParallel around it."""
     if runtime.world_size == 1:
         return model
     ddp = torch.nn.parallel.DistributedDataParallel
     # The running statistics are averaged before they are used (average_batchnorm), not sent around every step.
     options = {"broadcast_buffers": False}
-    if accepts(ddp.__init__, "gradient_as_bucket_view"):
+    if accepts(ddp.__init__, "gradient_as_bucket_view") and not precision.apex:  # apex detaches gradients, not views
         options["gradient_as_bucket_view"] = True
     if accepts(ddp.__init__, "static_graph"):
         options["static_graph"] = True
@@ -1426,11 +1441,6 @@ def restore(run, checkpoint, path):
     classes = checkpoint.get("classes", run.train_loader.dataset.images.classes)
     if classes != run.train_loader.dataset.images.classes:
         raise Fault("{} was trained on other classes than the data has: give the data it was trained on".format(path))
-    if run.precision.masters:
-        with torch.no_grad():
-            for master, (name, _) in zip(run.precision.masters, run.model.named_parameters()):
-                master.copy_(checkpoint["state_dict"][name])
-        run.precision.take_masters(run.model)
     stepped = [p for group in run.optimizer.param_groups for p in group["params"]]
     if "optimizer" in checkpoint:
         try:
@@ -1796,7 +1806,7 @@ def work(flags, runtime, team, notes):
             order.count, order.total))
     run.train_loader = make_loader(ImageBatches(train_images, flags, seed, train=True), order, workers, runtime)
     run.model, run.optimizer = precision.initialize(model, build_optimizer(flags, runtime, precision, parameters))
-    run.train_model = wrap_for_training(run.model, runtime)
+    run.train_model = wrap_for_training(run.model, runtime, precision)
     run.progress.epoch = flags.start_epoch
     lock = lock_folder(flags, runtime)
     if checkpoint:
