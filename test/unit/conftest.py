@@ -3,14 +3,17 @@
 import os
 import pathlib
 import socket
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+UNIT = ROOT / "test" / "unit"
 sys.path.insert(0, str(ROOT))
 
 SMALL = ["--device", "cpu", "-a", "mnasnet0_5", "-b", "8", "--train-crop-size", "32", "--val-resize-size", "32",
@@ -52,3 +55,34 @@ def images(tmp_path_factory):
                 if (split, label, len(list(place.iterdir()))) != ("val", 3, 7):
                     Image.fromarray(data[split + "_images"][i]).save(str(place / "{}.jpg".format(i)), quality=95)
     return folder
+
+
+@pytest.fixture(scope="session")
+def npu(tmp_path_factory):
+    """The environment's variables under which npu is there (npu_double), or None: it needs torch 2.14, and a compiler.
+
+    Every process adds a line to the file that KERNELS_LOG names, if any: how many operators it ran on cards.
+    """
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # pip's ninja is beside python
+    if not torch.__version__.startswith("2.14.") or not all(shutil.which(name, path=path) for name in ("c++", "ninja")):
+        return None
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or tmp_path_factory.mktemp("extensions")
+    probe = tmp_path_factory.mktemp("probe")
+    (probe / "sitecustomize.py").write_text(KERNELS_PROBE)
+    variables = {"PATH": path, "TORCH_EXTENSIONS_DIR": str(cache), "OMP_NUM_THREADS": "1",
+                 "PYTHONPATH": os.pathsep.join([str(UNIT / "npu_double"), str(probe)])}
+    subprocess.run([sys.executable, "-c", "import torch_npu"], check=True, timeout=300,
+                   env=dict(os.environ, **variables))
+    return variables
+
+
+KERNELS_PROBE = """
+import atexit, os, sys
+
+def tell():
+    if "torch_npu" in sys.modules and "KERNELS_LOG" in os.environ:
+        with open(os.environ["KERNELS_LOG"], "a") as file:
+            file.write("{}\\n".format(sys.modules["torch_npu"].npu.kernels_run()))
+
+atexit.register(tell)
+"""

@@ -213,6 +213,16 @@ def test_reference_and_plain_checkpoints_evaluate(images, trained, tmp_path):
     assert len(found) == 1
 
 
+def test_a_reference_checkpoint_resumes(images, trained, tmp_path):
+    state = {"module." + name: value for name, value in checkpoint(trained[0])["state_dict"].items()}
+    torch.save({"epoch": 1, "state_dict": state, "best_acc1": 1.0}, str(tmp_path / "reference.pth"))
+    level = ["--opt-level", "O2"] if BF16 else []
+    losses(run_main(images, "--resume", "reference.pth", "--epochs", 2, *(SMALL + level), "--lr", 0, cwd=tmp_path,
+                    small=False))
+    for name, value in checkpoint(tmp_path)["state_dict"].items():
+        assert "running" in name or "num_" in name or torch.equal(value, state["module." + name]), name
+
+
 def test_synthetic(tmp_path):
     losses(run_main("--synthetic", 32, "--epochs", 1, cwd=tmp_path))
 
