@@ -29,6 +29,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -150,6 +151,7 @@ def parse_args(argv=None):
     add("--opt-level", choices=["O0", "O1", "O2"],
         help="O0: fp32; O1: autocast; O2: low-precision model with fp32 master weights "
         "(default: O1 on npu and gpu, O0 on cpu)")
+    add("--compile", action="store_true", help="train through torch.compile")
     add("--loss-scale", type=loss_scale, default="dynamic", metavar="S", help="'dynamic' or a fixed number")
     add("--amp-backend", choices=["auto", "apex", "native"], default="auto",
         help="auto: apex where it has amp, else native")
@@ -253,7 +255,7 @@ def cards_present(kind):
         try:
             importlib.import_module("torch_npu")
         except ImportError as error:
-            return 0, "torch_npu does not import ({})".format(str(error).splitlines()[0])
+            return 0, "torch_npu does not import ({})".format(first_line(error))
     module = getattr(torch, kind.module, None)
     count = module.device_count() if module is not None and module.is_available() else 0
     return count, "" if count else "torch.{} finds no card".format(kind.module)
@@ -303,9 +305,13 @@ def open_device(flags, kind):
             raise Fault("{} card {} is not there: this machine has {}".format(
                 kind.name, card, runtime.module.device_count()))
         runtime.module.set_device(runtime.device)
+        if hasattr(torch, "set_float32_matmul_precision"):
+            torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, as convolutions have by default
         set_mode = getattr(runtime.module, "set_compile_mode", None)
         if set_mode:  # Ascend: the built-in operators, not one compiled for each shape
             set_mode(jit_compile=False)
+        if hasattr(runtime.module, "set_option") and "ACL_OP_COMPILER_CACHE_MODE" not in env:
+            runtime.module.set_option({"ACL_OP_COMPILER_CACHE_MODE": "enable"})  # keeps what is compiled
     elif "OMP_NUM_THREADS" not in env:
         torch.set_num_threads(max(1, usable_cores() // local_size))
     return runtime
@@ -336,9 +342,11 @@ def die_with_parent(signum):
         ctypes.CDLL(None).prctl(1, int(signum))
 
 
-def keep_freed_memory():
+def keep_freed_memory(kind):
     """Tells glibc to keep freed blocks: a step on the CPU takes and frees hundreds of MB, and getting them back from
-    the kernel page by page took more time than the arithmetic. False where the C library is another."""
+    the kernel page by page took more time than the arithmetic. False for cards, and where the C library is another."""
+    if kind.name != "cpu":
+        return False
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -380,7 +388,7 @@ class Team:
         if self.size == 1:
             return self.signal, news
         values = torch.tensor([self.signal, news])
-        self._run(dist.all_reduce, values, dist.ReduceOp.MAX)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return values.tolist()
 
     def sum(self, values):
@@ -392,17 +400,20 @@ class Team:
         rows = [torch.empty_like(row) for _ in range(self.size)]
         if self.size == 1:
             return row[None]
-        self._run(dist.all_gather, rows, row)
+        dist.all_gather(rows, row, group=self.group)
         return torch.stack(rows)
 
-    def _run(self, collective, *arguments):
-        begin = time.time()
+    @contextlib.contextmanager
+    def faults(self):
+        """Turns the error of a collective that did not come about into the Fault that names the silent processes."""
         try:
-            collective(*arguments, group=self.group)
+            yield
         except RuntimeError as error:
-            raise self.lost(error, time.time() - begin)
+            if self.size == 1 or not re.search("gloo|nccl|hccl|ProcessGroup|Connection", str(error), re.IGNORECASE):
+                raise
+            raise self.lost(error)
 
-    def lost(self, error, seconds):
+    def lost(self, error):
         """The Fault that names the processes which no longer answer: all others sign the store, those don't."""
         try:
             self.store.add("lost/{}".format(self.runtime.rank), 1)
@@ -410,9 +421,9 @@ class Team:
             silent = [r for r in range(self.size) if not self.store.add("lost/{}".format(r), 0)]
         except RuntimeError:
             silent = [0]  # its process holds the store
-        return Fault("{} gone or stuck: no answer after {:.0f} s ({}). See its output; --resume auto goes on from the "
-                     "last checkpoint".format("rank " + ", rank ".join(map(str, silent)) if silent else "another rank",
-                                              seconds, first_line(error)))
+        return Fault("{} gone or stuck, no answer ({}). See its output; --resume auto goes on from the last "
+                     "checkpoint".format("rank " + ", rank ".join(map(str, silent)) if silent else "another rank",
+                                         first_line(error)))
 
     def speaks_first(self):
         """Whether this process is the first to report a fault; the others would only repeat it."""
@@ -493,7 +504,8 @@ class Precision:
         kind = runtime.kind
         self.level, self.dtype = flags.opt_level or kind.opt_level, kind.amp_dtype
         self.loss_scale = flags.loss_scale
-        self.apex = None if self.level == "O0" else find_apex(flags, kind)
+        found = find_apex(flags, kind) if self.level != "O0" or flags.amp_backend == "apex" else None
+        self.apex = found if self.level != "O0" else None
         self.autocast, self.scaler, self.masters = contextlib.nullcontext, None, None
         self.input_dtype = self.dtype if self.level == "O2" and not self.apex else torch.float32
         if self.level == "O0" or self.apex:
@@ -512,6 +524,10 @@ class Precision:
     def __str__(self):
         how = "fp32" if self.level == "O0" else "apex" if self.apex else "native, {}".format(str(self.dtype)[6:])
         return "{} ({})".format(self.level, how)
+
+    @property
+    def bfloat16(self):
+        return self.level != "O0" and self.dtype == torch.bfloat16
 
     @property
     def scales(self):
@@ -534,7 +550,16 @@ class Precision:
         if not self.apex:
             return model, optimizer
         options = {"combine_grad": True} if accepts(self.apex.initialize, "combine_grad") else {}  # Ascend's apex
-        return self.apex.initialize(model, optimizer, opt_level=self.level, loss_scale=self.loss_scale, **options)
+        weights = [p.detach().clone() for p in model.parameters()]
+        model, optimizer = self.apex.initialize(model, optimizer, opt_level=self.level, loss_scale=self.loss_scale,
+                                                **options)
+        # Has apex put its fp32 weights in the optimiser now, not at the first step, when a checkpoint's momentum has
+        # been rounded to the model's float16. It makes them of rounded weights: they get back what was lost.
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for parameter, weight in zip(stepped_parameters(optimizer), weights):
+                parameter.copy_(weight)
+        return model, optimizer
 
     def backward_and_step(self, loss, model, optimizer):
         """Gradients of ``loss``, and the optimiser's step unless they overflowed; the gradients are cleared after."""
@@ -580,6 +605,11 @@ class Precision:
             self.scaler.load_state_dict(state)
 
 
+def stepped_parameters(optimizer):
+    """What the optimiser steps, in the order of the model's parameters: these, or their fp32 masters."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def find_apex(flags, kind):
     """apex.amp where it is asked for, or there and able; None for torch's own."""
     if flags.amp_backend == "native" or (kind.name == "cpu" and flags.amp_backend == "auto"):
@@ -611,7 +641,9 @@ def find_scaler(kind):
     """The class of gradient scaler for the device."""
     amp = getattr(getattr(torch, kind.module), "amp", None)
     # On npu torch.npu.amp's comes first: the older cards saturate, and only it reads their overflow flag.
-    return amp.GradScaler if hasattr(amp, "GradScaler") else functools.partial(torch.amp.GradScaler, kind.module)
+    if hasattr(getattr(torch, "amp", None), "GradScaler") and not (kind.name == "npu" and hasattr(amp, "GradScaler")):
+        return functools.partial(torch.amp.GradScaler, kind.module)
+    return amp.GradScaler
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -638,6 +670,47 @@ def class_names(root):
     return classes
 
 
+def scan(root, classes):
+    """What lies in the class folders of ``root``: ``paths`` of the images (bytes, relative) with their ``labels``, and
+    all ``folders`` with the ``times`` (ns) of their last change, by which a kept index is known to be true still.
+
+    Raises:
+        Fault: a class folder holds no image.
+    """
+    paths, labels, folders = [], [], [root]
+    for label, name in enumerate(classes):
+        for folder, below, files in os.walk(os.path.join(root, name), followlinks=True):
+            below.sort()
+            folders.append(folder)
+            inside = os.path.relpath(folder, root)
+            paths += [os.fsencode(os.path.join(inside, f)) for f in sorted(files) if f.lower().endswith(EXTENSIONS)]
+        if len(paths) == len(labels):
+            raise Fault("class folder {!r} holds no image ({}): add some or remove it".format(
+                os.path.join(root, name), " ".join(EXTENSIONS)))
+        labels += [label] * (len(paths) - len(labels))
+    # One block each, not a million objects: a worker shares the pages it only reads.
+    folders = [os.fsencode(folder) for folder in folders]
+    return {"paths": np.array(paths), "labels": np.array(labels), "folders": np.array(folders),
+            "times": np.array([os.stat(folder).st_mtime_ns for folder in folders])}
+
+
+def scan_or_recall(root, classes, file):
+    """``scan``, or what an earlier scan of a large folder left in ``file`` if no folder has changed since."""
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+        with np.load(file) as kept:
+            index = {name: kept[name] for name in ("paths", "labels", "folders", "times")}
+        if (os.fsdecode(bytes(index["folders"][0])) == root
+                and [os.stat(bytes(folder)).st_mtime_ns for folder in index["folders"]] == index["times"].tolist()):
+            return index
+    index = scan(root, classes)
+    if len(index["paths"]) > 50000:
+        with contextlib.suppress(OSError):  # it only saves time
+            with tempfile.NamedTemporaryFile(dir=os.path.dirname(file), delete=False) as new:
+                np.savez(new, **index)
+            os.replace(new.name, file)
+    return index
+
+
 class Folder:
     """The images of a folder with one folder a class: ``classes``, ``paths`` (bytes, numpy) and ``labels`` [N].
 
@@ -645,21 +718,10 @@ class Folder:
         Fault: the folder is missing, or has no classes, or has a class without an image.
     """
 
-    def __init__(self, root):
-        self.root, self.classes = root, class_names(root)
-        paths, labels = [], []
-        for label, name in enumerate(self.classes):
-            found = []
-            for folder, folders, files in os.walk(os.path.join(root, name), followlinks=True):
-                folders.sort()
-                found += [os.path.join(folder, f) for f in sorted(files) if f.lower().endswith(EXTENSIONS)]
-            if not found:
-                raise Fault("class folder {!r} holds no image ({}): add some or remove it".format(
-                    os.path.join(root, name), " ".join(EXTENSIONS)))
-            paths += [os.fsencode(os.path.relpath(path, root)) for path in found]
-            labels += [label] * len(found)
-        # One block each, not a million objects: a worker shares the pages it only reads.
-        self.paths, self.labels = np.array(paths), np.array(labels)
+    def __init__(self, root, index_file):
+        self.root, self.classes = os.path.abspath(root), class_names(root)
+        index = scan_or_recall(self.root, self.classes, index_file)
+        self.paths, self.labels = index["paths"], index["labels"]
 
     def __len__(self):
         return len(self.labels)
@@ -907,6 +969,10 @@ def make_loader(batches, order, workers, runtime):
     return torch.utils.data.DataLoader(batches, batch_size=None, sampler=order, worker_init_fn=quiet_worker, **options)
 
 
+def open_folder(flags, name):
+    return Folder(os.path.join(flags.data, name), os.path.join(flags.output_dir, "index-{}.npz".format(name)))
+
+
 def open_images(flags):
     """(training images, or None where nothing is trained; validation images).
 
@@ -915,14 +981,13 @@ def open_images(flags):
     """
     if flags.synthetic:
         return Synthetic(flags.synthetic), Synthetic(flags.synthetic)
-    train_root, val_root = (os.path.join(flags.data, name) for name in ("train", "val"))
-    train, val = class_names(train_root), class_names(val_root)
+    train, val = (class_names(os.path.join(flags.data, name)) for name in ("train", "val"))
     if train != val:
         odd = sorted(set(train) ^ set(val))
         raise Fault("train/ has {} classes and val/ {}, which must be the same: {!r} is only in one of them".format(
             len(train), len(val), odd[0]))
-    val = Folder(val_root)
-    train = None if flags.evaluate else Folder(train_root)
+    val = open_folder(flags, "val")
+    train = None if flags.evaluate else open_folder(flags, "train")
     return train, val
 
 
@@ -973,11 +1038,16 @@ def build_model(flags, runtime, num_classes):
     model = getattr(mnasnet, flags.arch)(num_classes=num_classes, dropout=flags.dropout,
                                         bn_momentum=flags.bn_momentum)
     if runtime.kind.name == "cpu" and pads_wrongly():
-        for module in model.modules():
-            if isinstance(module, torch.nn.Conv2d) and module.groups > 1:
-                module.forward = functools.partial(padded_depthwise, module)
+        replace_depthwise(model, padded_depthwise)
     model = model.to(runtime.device)
     return model.to(memory_format=torch.channels_last) if runtime.channels_last else model
+
+
+def replace_depthwise(model, forward):
+    """Has the depthwise convolutions compute ``forward(conv, images)``; their parameters and names stay."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.groups > 1:
+            module.forward = functools.partial(forward, module)
 
 
 def pads_wrongly():
@@ -998,6 +1068,71 @@ def padded_depthwise(conv, images):
                                     conv.stride, conv.dilation, conv.groups)
 
 
+class Bfloat16Depthwise(torch.autograd.Function):
+    """A depthwise convolution of bfloat16 images [N, C, H, W] and weights [C, 1, K, K] on the CPU.
+
+    oneDNN has no fast bfloat16 kernel for two of its gradients, which are computed in another way here: that of the
+    images at stride 2 in fp32, and that of 5x5 weights as two of 5x3 weights.
+    """
+
+    @staticmethod
+    def forward(ctx, images, weight, stride, padding):
+        ctx.save_for_backward(images, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(images, weight, None, stride, padding, 1, len(weight))
+
+    @staticmethod
+    def backward(ctx, toward):
+        (images, weight), stride, padding = ctx.saved_tensors, ctx.stride, ctx.padding
+        toward = toward.contiguous(memory_format=torch.channels_last)  # a mean's gradient comes in a slow layout
+
+        def gradient(which, toward, images, weight, padding):
+            return torch.ops.aten.convolution_backward(
+                toward, images, weight, None, stride, padding, [1, 1], False, [0, 0], len(weight),
+                [which == 0, which == 1, False])[which]
+
+        if stride[0] == 1:
+            of_images = gradient(0, toward, images, weight, padding)
+        else:
+            shape = torch.empty_like(images, dtype=torch.float32)  # not read
+            of_images = gradient(0, toward.float(), shape, weight.float(), padding).to(images.dtype)
+        if weight.shape[3] == 3:
+            return of_images, gradient(1, toward, images, weight, padding), None, None
+        of_weight = torch.empty_like(weight)
+        reach = stride[1] * (toward.shape[3] - 1) + 3  # columns of the padded images that a kernel 3 wide meets
+        for first in (0, 2):  # columns 0 to 2 of the weights, then 2 to 4
+            left = padding[1] - first
+            part = F.pad(images, (left, reach - left - images.shape[3]))
+            of_weight[..., first:first + 3] = gradient(1, toward, part, weight[..., first:first + 3], (padding[0], 0))
+        return of_images, of_weight, None, None
+
+
+def bfloat16_depthwise(conv, images):
+    """``conv`` through ``Bfloat16Depthwise``, under autocast too."""
+    if not torch.is_grad_enabled():
+        return F.conv2d(images, conv.weight, None, conv.stride, conv.padding, 1, conv.groups)
+    return Bfloat16Depthwise.apply(images.bfloat16(), conv.weight.bfloat16(), conv.stride, conv.padding)
+
+
+def bfloat16_depthwise_is_slow():
+    """Whether oneDNN's own way is the slower one here, by timing both on a small convolution (20 ms; the two differ
+    several times where the CPU has bfloat16 instructions)."""
+    if not hasattr(torch.ops.aten, "convolution_backward"):
+        return False
+    conv = torch.nn.Conv2d(64, 64, 5, 2, 2, groups=64, bias=False).bfloat16()
+    images = torch.zeros(4, 64, 28, 28, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+    best = []
+    for forward in (conv, functools.partial(bfloat16_depthwise, conv)):
+        seconds = []
+        for _ in range(4):
+            result = forward(images)
+            begin = time.perf_counter()
+            result.backward(torch.zeros_like(result))
+            seconds.append(time.perf_counter() - begin)
+        best.append(min(seconds))
+    return best[0] > 1.5 * best[1]
+
+
 def build_optimizer(flags, runtime, precision, parameters):
     """SGD with Nesterov momentum; the fused one where there is one for the device."""
     options = dict(lr=flags.lr, momentum=flags.momentum, weight_decay=flags.wd, nesterov=flags.momentum > 0)
@@ -1010,14 +1145,22 @@ def build_optimizer(flags, runtime, precision, parameters):
     return torch.optim.SGD(parameters, **options)
 
 
-def wrap_for_training(model, runtime):
-    """``model``, or where there are several processes a DistributedDataParallel around it."""
+def wrap_for_training(model, flags, runtime, precision):
+    """``model``, or where there are several processes a DistributedDataParallel around it; compiled if asked for."""
+    if flags.compile:
+        if not hasattr(torch, "compile"):
+            raise Fault("--compile needs torch 2.0 or later, this is torch {}: leave it out".format(torch.__version__))
+        return torch.compile(distribute(model, runtime, precision))
+    return distribute(model, runtime, precision)
+
+
+def distribute(model, runtime, precision):
     if runtime.world_size == 1:
         return model
     ddp = torch.nn.parallel.DistributedDataParallel
     # The running statistics are averaged before they are used (average_batchnorm), not sent around every step.
     options = {"broadcast_buffers": False}
-    if accepts(ddp.__init__, "gradient_as_bucket_view"):
+    if accepts(ddp.__init__, "gradient_as_bucket_view") and not precision.apex:  # apex detaches gradients, not views
         options["gradient_as_bucket_view"] = True
     if accepts(ddp.__init__, "static_graph"):
         options["static_graph"] = True
@@ -1128,6 +1271,8 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     train_loader: torch.utils.data.DataLoader = None
     seed: int = 0
+    steady_images: int = 0  # by this start of the run, first steps left out; with the seconds they took
+    steady_seconds: float = 0.0
 
 
 def train_epoch(run):
@@ -1232,8 +1377,7 @@ def weights_of(run, batchnorm):
     """The state dict that files hold: fp32 weights, which under O2 are those that the optimiser steps, and the mean
     ``batchnorm`` statistics of all processes."""
     state = run.model.state_dict()
-    stepped = [p for group in run.optimizer.param_groups for p in group["params"]]
-    for (name, _), parameter in zip(run.model.named_parameters(), stepped):
+    for (name, _), parameter in zip(run.model.named_parameters(), stepped_parameters(run.optimizer)):
         state[name] = parameter
     averaged = dict(zip([n for n in state if n.endswith(("running_mean", "running_var"))], batchnorm))
     for name, tensor in state.items():
@@ -1374,12 +1518,15 @@ def describe_unpickling(error):
     return text[text.index(mark) + len(mark):].split()[0] if mark in text else first_line(error)
 
 
-def newest_checkpoint(flags):
-    """(checkpoint, its path) of the newest good one in --output-dir; (None, None) where there is none at all.
+def find_checkpoint(flags):
+    """(checkpoint, its path) that --resume asks for: of 'auto' the newest good one in --output-dir; (None, None)
+    where none is asked for or there is none.
 
     Raises:
-        Fault: there are some, and all are damaged.
+        Fault: the file can't be used, or for 'auto' there are some, and all are damaged.
     """
+    if flags.resume != "auto":
+        return (read_checkpoint(flags.resume), flags.resume) if flags.resume else (None, None)
     paths = [path for path in (checkpoint_path(flags, age) for age in range(100)) if os.path.exists(path)]
     faults = []
     for path in paths:
@@ -1457,18 +1604,12 @@ def restore(run, checkpoint, path):
     classes = checkpoint.get("classes", run.train_loader.dataset.images.classes)
     if classes != run.train_loader.dataset.images.classes:
         raise Fault("{} was trained on other classes than the data has: give the data it was trained on".format(path))
-    if run.precision.masters:
-        with torch.no_grad():
-            for master, (name, _) in zip(run.precision.masters, run.model.named_parameters()):
-                master.copy_(checkpoint["state_dict"][name])
-        run.precision.take_masters(run.model)
-    stepped = [p for group in run.optimizer.param_groups for p in group["params"]]
     if "optimizer" in checkpoint:
         try:
             run.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError as error:
             raise Fault("{}: its optimiser does not fit ({})".format(path, first_line(error)))
-        for parameter in stepped:  # the fused optimiser reads momentum in the weight's memory order
+        for parameter in stepped_parameters(run.optimizer):  # the fused optimiser reads momentum in the weight's memory order
             state = run.optimizer.state.get(parameter, {})
             if torch.is_tensor(state.get("momentum_buffer")):
                 state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
@@ -1476,9 +1617,10 @@ def restore(run, checkpoint, path):
     progress.epoch, progress.images = int(checkpoint.get("epoch", 0)), int(checkpoint.get("images", 0))
     progress.best_acc1, progress.rows = float(checkpoint.get("best_acc1", 0)), list(checkpoint.get("rows", []))
     log.line("=> resumed from {}: epoch {}, {} images into it".format(path, progress.epoch, progress.images))
-    if "processes" not in checkpoint:
-        return
-    restore_processes(run, checkpoint)
+    if "processes" in checkpoint:
+        restore_processes(run, checkpoint)
+    if run.runtime.is_main and progress.rows:
+        write_metrics(flags, progress.rows)
 
 
 def restore_processes(run, checkpoint):
@@ -1504,6 +1646,15 @@ def restore_processes(run, checkpoint):
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad images
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def why_bad(images, index):
+    """The decoder's reason, in one line; the loaders hand over only which images they could not read."""
+    try:
+        images.read(index, val_plan(64, 64), 64)
+    except (OSError, ValueError) as error:
+        return first_line(error).replace("\t", " ")
+    return "could not be read before, and can now"
 
 
 class BadImages:
@@ -1537,17 +1688,13 @@ class BadImages:
                 len(self.known), limit, self.file))
 
     def name(self, images, index, path):
-        try:
-            images.read(index, val_plan(64, 64), 64)
-            reason = "could not be read then, and can now"
-        except (OSError, ValueError) as error:
-            reason = first_line(error)
+        reason = why_bad(images, index)
         printable = path.encode("unicode_escape", "surrogateescape").decode() if not path.isprintable() else path
         self.log.line("=> can't read {}: {}".format(printable, reason))
         if printable not in self.named:
             self.named.add(printable)
             with open(self.file, "a", encoding="utf-8", errors="surrogateescape") as file:
-                file.write("{}\t{}\n".format(printable, reason.replace("\n", " ").replace("\t", " ")))
+                file.write("{}\t{}\n".format(printable, reason))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1585,31 +1732,36 @@ class Log:
 class Meter:
     """The figures of one epoch. It reads back from the device only when it prints or when the run is saved."""
 
-    images, seconds = 0, 0.0  # of all epochs of this process, in steady state
-
     def __init__(self, run, steps):
         self.run, self.steps, self.unread, self.overflows = run, steps, [], 0
         self.total = run.train_loader.sampler.total
-        self.first = run.progress.images // self.total
-        left = steps - self.first
-        self.skip = min(SKIPPED_STEPS, left // 2) if Meter.seconds == 0 else 0
-        self.begin = self.window = self.steady = time.time()
-        self.taken, self.waited, self.window_wait, self.window_steps, self.wait = 0, 0.0, 0.0, 0, 0.0
+        left = steps - run.progress.images // self.total
+        self.skip = 0 if run.steady_seconds else min(SKIPPED_STEPS, left // 2)
+        self.taken, self.waited = 0, 0.0
+        self.begin = self.printed = self.steady = self.mark()
+
+    def mark(self):
+        """A point to measure from: (time, steps taken, seconds spent waiting for images)."""
+        return time.time(), self.taken, self.waited
+
+    def since(self, mark):
+        """(seconds a step, seconds of waiting a step)."""
+        steps = max(1, self.taken - mark[1])
+        return (time.time() - mark[0]) / steps, (self.waited - mark[2]) / steps
 
     def wait_for(self, batches):
         begin = time.time()
         batch = next(batches)
-        self.wait = time.time() - begin
-        self.waited, self.window_wait = self.waited + self.wait, self.window_wait + self.wait
+        self.waited += time.time() - begin
         return batch
 
     def add(self, step, lr, *figures):
         """Takes the loss and the counts of a step, still on the device."""
         self.unread.append((step, lr, torch.stack([f.float() for f in figures])))
-        self.taken, self.window_steps = self.taken + 1, self.window_steps + 1
+        self.taken += 1
         if self.taken == self.skip:
             self.run.runtime.synchronize()
-            self.steady = time.time()
+            self.steady = self.mark()
 
     def read(self):
         """Adds to the sums what has come since the last time, and gives the last step's [loss, top 1, top 5].
@@ -1641,45 +1793,38 @@ class Meter:
         """The line every --print-freq steps: each figure of now, and in brackets its average over the epoch. The
         figures of training are this process's, the FPS those of all."""
         loss, top1, top5 = self.read()
-        local, now = self.run.train_loader.sampler.batch_size, time.time()
-        time_now, wait_now = (now - self.window) / self.window_steps, self.window_wait / self.window_steps
-        mean = [s / self.run.progress.sums[3] for s in self.run.progress.sums]
-        average = (now - self.begin) / self.taken
-        fps = self.total * (self.taken - self.skip) / (now - self.steady) if self.taken > self.skip else (
-            self.total / time_now)
-        left = average * (self.steps - step - 1 + self.steps * (self.run.flags.epochs - self.run.progress.epoch - 1))
-        width = len(str(self.steps))
-        self.run.log.line("\t".join([
-            "Epoch: [{}][{:{}d}/{}]".format(self.run.progress.epoch, step, width, self.steps),
-            "Time {:6.3f} ({:6.3f})".format(time_now, average),
-            "Data {:6.3f} ({:6.3f})".format(wait_now, self.waited / self.taken),
+        run, batch = self.run, self.run.train_loader.sampler.batch_size
+        mean = [s / run.progress.sums[3] for s in run.progress.sums]
+        (seconds, wait), (mean_seconds, mean_wait) = self.since(self.printed), self.since(self.begin)
+        steady = self.since(self.steady)[0] if self.taken > self.skip else mean_seconds
+        left = self.steps - step - 1 + self.steps * (run.flags.epochs - run.progress.epoch - 1)
+        run.log.line("\t".join([
+            "Epoch: [{}][{:{}d}/{}]".format(run.progress.epoch, step, len(str(self.steps)), self.steps),
+            "Time {:6.3f} ({:6.3f})".format(seconds, mean_seconds),
+            "Data {:6.3f} ({:6.3f})".format(wait, mean_wait),
             "Loss {:.4f} ({:.4f})".format(loss, mean[0]),
-            "Acc@1 {:6.2f} ({:6.2f})".format(100 * top1 / local, 100 * mean[1] / local),
-            "Acc@5 {:6.2f} ({:6.2f})".format(100 * top5 / local, 100 * mean[2] / local),
-            "ETA {}".format(datetime.timedelta(seconds=int(left))),
-            "FPS {:.2f} ( {:.2f} )".format(self.total / time_now, fps)]))
-        self.window, self.window_steps, self.window_wait = now, 0, 0.0
+            "Acc@1 {:6.2f} ({:6.2f})".format(100 * top1 / batch, 100 * mean[1] / batch),
+            "Acc@5 {:6.2f} ({:6.2f})".format(100 * top5 / batch, 100 * mean[2] / batch),
+            "ETA {}".format(datetime.timedelta(seconds=int(left * steady))),
+            "FPS {:.2f} ( {:.2f} )".format(self.total / seconds, self.total / steady)]))
+        self.printed = self.mark()
 
     def finish(self):
         """The epoch's part of a row of metrics.csv, all processes counted."""
+        run, loader = self.run, self.run.train_loader
         self.read()
-        self.run.runtime.synchronize()
-        now = time.time()
-        if self.taken > self.skip:
-            Meter.images += self.total * (self.taken - self.skip)
-            Meter.seconds += now - self.steady
-        steady = (self.taken - self.skip) * self.total / max(now - self.steady, 1e-9)
-        loss, top1, _, steps, waited = self.run.team.sum(self.run.progress.sums + [self.waited])
-        seconds, world = now - self.begin, self.run.team.size
-        share = waited / world / max(seconds, 1e-9)
+        run.runtime.synchronize()
+        seconds, steady = time.time() - self.begin[0], time.time() - self.steady[0]
+        images = self.total * (self.taken - self.steady[1])
+        run.steady_images, run.steady_seconds = run.steady_images + images, run.steady_seconds + steady
+        loss, top1, _, steps, waited = run.team.sum(run.progress.sums + [self.waited])
+        share = waited / run.team.size / seconds
         if share > 0.1:
-            self.run.log.line("=> {:.0f} % of epoch {} was spent waiting for images: raise --workers (now {}){}".format(
-                100 * share, self.run.progress.epoch, self.run.train_loader.num_workers,
-                "" if self.run.train_loader.num_workers < usable_cores() else
-                ", or give the machine more or faster cores"))
-        steps = max(1, steps)
-        return {"train_loss": loss / steps, "train_acc1": 100 * top1 / steps / self.run.train_loader.sampler.batch_size,
-                "fps": steady, "seconds": seconds, "data_wait": share}
+            run.log.line("=> {:.0f} % of epoch {} was spent waiting for images: raise --workers (now {}){}".format(
+                100 * share, run.progress.epoch, loader.num_workers,
+                "" if loader.num_workers < usable_cores() else ", or give the machine more or faster cores"))
+        return {"train_loss": loss / steps, "train_acc1": 100 * top1 / steps / loader.sampler.batch_size,
+                "fps": images / steady, "seconds": seconds, "data_wait": share}
 
 
 def write_metrics(flags, rows):
@@ -1752,9 +1897,13 @@ def train(run):
     if not progress.rows:
         raise Fault("nothing to do: --epochs {} are done in {}".format(flags.epochs, flags.resume or "--start-epoch"))
     best = max(progress.rows, key=lambda row: row["acc1"])
-    fps = Meter.images / Meter.seconds if Meter.seconds else progress.rows[-1]["fps"]
+    fps = run.steady_images / run.steady_seconds if run.steady_images else progress.rows[-1]["fps"]
     log.line("Result: Acc@1 {:.3f} Acc@5 {:.3f} images/sec {:.2f} loss {:.4f}".format(
         best["acc1"], best["acc5"], fps, progress.rows[-1]["train_loss"]))
+
+
+def print_error(fault):
+    print("main.py: error: {}".format(str(fault).replace("\n", " ")), file=sys.stderr, flush=True)
 
 
 def worker(flags, kind, notes):
@@ -1762,32 +1911,38 @@ def worker(flags, kind, notes):
     runtime = open_device(flags, kind)
     team = Team(flags, runtime)
     try:
-        work(flags, runtime, team, notes)
+        with team.faults():
+            work(flags, runtime, team, notes)
         return 0
     except Stopped as stopped:
-        end_loaders()
+        status = 128 + stopped.signum
         if runtime.is_main:
             print("=> {}: stopped{}".format(signal.Signals(stopped.signum).name, "" if flags.evaluate else
                   ", saved; --resume auto goes on from here"), file=sys.stderr, flush=True)
-        return 128 + stopped.signum
     except Fault as fault:
-        end_loaders()
+        status = 1
         if team.speaks_first():
-            raise Fault("rank {}: {}".format(runtime.rank, fault) if team.size > 1 else str(fault))
-        return 1
+            print_error("rank {}: {}".format(runtime.rank, fault) if team.size > 1 else fault)
+    end_loaders()
+    if team.size > 1:  # the others may be gone, and torch would wait for them
+        sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
+def agree_on_seed(flags, checkpoint, team):
+    """--seed, or the interrupted run's, or one drawn; the same in all processes."""
+    seed = flags.seed
+    if seed is None:
+        seed = (checkpoint or {}).get("seed", random.SystemRandom().randrange(2 ** 31))
+    return int(team.sum([seed if team.runtime.is_main else 0])[0])
 
 
 def work(flags, runtime, team, notes):
+    """What a process does from meeting the others to the result."""
     log = Log(flags, runtime)
-    checkpoint, path = None, flags.resume
-    if flags.resume == "auto":
-        checkpoint, path = newest_checkpoint(flags)
-    elif flags.resume:
-        checkpoint = read_checkpoint(path)
-    drawn = flags.seed
-    if drawn is None:
-        drawn = checkpoint["seed"] if checkpoint and "seed" in checkpoint else random.SystemRandom().randrange(2 ** 31)
-    seed = int(team.sum([drawn if runtime.is_main else 0])[0])
+    checkpoint, path = find_checkpoint(flags)
+    seed = agree_on_seed(flags, checkpoint, team)
     if flags.seed is not None:
         make_deterministic()
     elif runtime.module:
@@ -1795,78 +1950,75 @@ def work(flags, runtime, team, notes):
     torch.manual_seed(seed)
 
     train_images, val_images = open_images(flags)
-    num_classes = len(val_images.classes)
-    precision = Precision(flags, runtime)
-    model = build_model(flags, runtime, num_classes)
-    local = flags.batch_size // runtime.local_size
+    batch = flags.batch_size // runtime.local_size
     workers = flags.workers if flags.workers is not None else max(1, usable_cores() // runtime.local_size)
-    kept = kind_keeps_memory(runtime)
+    precision = Precision(flags, runtime)
     log.line("=> {} on {}{}, {} process(es) of {} images a step, {} worker(s) each, {}, seed {}{}".format(
-        flags.arch, runtime.device, " ({})".format("; ".join(notes)) if notes else "", team.size, local, workers,
-        precision, seed, ", freed memory kept" if kept else ""))
-    if local < 1:
+        flags.arch, runtime.device, " ({})".format("; ".join(notes)) if notes else "", team.size, batch, workers,
+        precision, seed, ", freed memory kept" if keep_freed_memory(runtime.kind) else ""))
+    if batch < 1:
         raise Fault("--batch-size {} is less than one image for each of {} processes".format(
             flags.batch_size, runtime.local_size))
+    model = build_model(flags, runtime, len(val_images.classes))
     if flags.pretrained:
         log.line("=> weights of {}".format(load_pretrained(model, flags)))
     if checkpoint:
         load_weights(model, checkpoint, path)
-    bad = BadImages(flags, runtime, team, log)
-    val_order = BatchOrder(len(val_images), local, runtime)
-    val_loader = make_loader(ImageBatches(val_images, flags, seed, train=False), val_order, workers, runtime)
+    if precision.bfloat16 and not flags.evaluate and bfloat16_depthwise_is_slow():
+        replace_depthwise(model, bfloat16_depthwise)
     parameters = precision.prepare(model)
-    run = Run(flags, runtime, team, precision, model, val_loader, bad, log, seed=seed)
+    loader = make_loader(ImageBatches(val_images, flags, seed, train=False), BatchOrder(len(val_images), batch, runtime),
+                         workers, runtime)
+    run = Run(flags, runtime, team, precision, model, loader, BadImages(flags, runtime, team, log), log, seed=seed)
     if flags.evaluate:
         team.listen()
         loss, acc1, acc5, fps = evaluate(run)
         log.line("Result: Acc@1 {:.3f} Acc@5 {:.3f} images/sec {:.2f} loss {:.4f}".format(acc1, acc5, fps, loss))
         return
-    order = BatchOrder(len(train_images), local, runtime, seed)
+
+    order = BatchOrder(len(train_images), batch, runtime, seed)
     if order.count < order.total:
         raise Fault("{} training images are fewer than the {} of one step: lower --batch-size".format(
             order.count, order.total))
     run.train_loader = make_loader(ImageBatches(train_images, flags, seed, train=True), order, workers, runtime)
     run.model, run.optimizer = precision.initialize(model, build_optimizer(flags, runtime, precision, parameters))
-    run.train_model = wrap_for_training(run.model, runtime)
+    run.train_model = wrap_for_training(run.model, flags, runtime, precision)
     run.progress.epoch = flags.start_epoch
-    lock = lock_folder(flags, runtime)
-    if checkpoint:
-        restore(run, checkpoint, path)
-        if runtime.is_main and run.progress.rows:
-            write_metrics(flags, run.progress.rows)
-    team.listen()
-    if flags.run_prof:
-        profile(run)
-    else:
-        train(run)
-    if lock is not None:
-        os.close(lock)
+    with lock_folder(flags, runtime):
+        if checkpoint:
+            restore(run, checkpoint, path)
+        team.listen()
+        (profile if flags.run_prof else train)(run)
 
 
-def kind_keeps_memory(runtime):
-    return runtime.kind.name == "cpu" and keep_freed_memory()
-
-
+@contextlib.contextmanager
 def lock_folder(flags, runtime):
-    """Claims --output-dir for this run.
+    """Holds --output-dir for this run alone.
 
     Raises:
         Fault: another run writes there, or it can't be made.
     """
     if not runtime.is_main:
-        return None
+        yield
+        return
     try:
         os.makedirs(flags.output_dir, exist_ok=True)
         folder = os.open(flags.output_dir, os.O_RDONLY)
-        for attempt in range(30):  # loaders of a run that was killed may take a moment to go
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return folder
-            except BlockingIOError:
-                time.sleep(0.1)
-        raise Fault("another run writes to {!r}: give this one its own --output-dir".format(flags.output_dir))
     except OSError as error:
         raise Fault("can't use --output-dir {!r}: {}".format(flags.output_dir, error.strerror))
+    try:
+        for attempt in range(100, 0, -1):  # what is left of a run that was killed may take some seconds to go
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 1:
+                    raise Fault("another run writes to {!r}: give this one its own --output-dir".format(
+                        flags.output_dir))
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(folder)
 
 
 def check_data(flags):
@@ -1874,16 +2026,13 @@ def check_data(flags):
     runtime, found = Runtime(KINDS["cpu"], torch.device("cpu")), 0
     workers = flags.workers if flags.workers is not None else usable_cores()
     for name in ("train", "val"):
-        images, done, begin = Folder(os.path.join(flags.data, name)), 0, time.time()
+        images, done, begin = open_folder(flags, name), 0, time.time()
         order = BatchOrder(len(images), 64, runtime)
         loader = make_loader(ImageBatches(images, flags, 0, train=False), order, workers, runtime)
         for _, labels, bad in loader:
             done += len(labels)
             for index in bad:
-                try:
-                    images.read(index, val_plan(64, 64), 64)
-                except (OSError, ValueError) as error:
-                    print("bad: {}\t{}".format(ascii(images.path(index))[1:-1], first_line(error)))
+                print("bad: {}\t{}".format(ascii(images.path(index))[1:-1], why_bad(images, index)))
             found += len(bad)
             if done % 6400 < 64 or done == len(images):
                 print("{}: {} of {} images, {:.0f} a second".format(
@@ -1930,12 +2079,12 @@ def watch(children, first_rank, grace=10.0):
         ended = [(place, child.returncode) for place, child in enumerate(children) if child.poll()]
         if ended and not status:
             place, code = ended[0]
-            status = code if code > 0 else 128 - code
-            deadline = time.time() + (60.0 if status in stops else grace)
+            status, agreed = (code if code > 0 else 128 - code), code in stops
+            deadline = time.time() + (60.0 if agreed else grace)
             if code < 0:
                 print("main.py: error: rank {} was killed by {}; ending the others".format(
                     first_rank + place, signal.Signals(-code).name), file=sys.stderr, flush=True)
-            if status not in stops:
+            if not agreed:
                 tell(children, signal.SIGTERM)
     return status or max(abs(child.poll() or 0) for child in children)
 
@@ -1957,7 +2106,7 @@ def main(argv=None):
             return launch(flags, argv, kind)
         return worker(flags, kind, notes)
     except Fault as fault:
-        print("main.py: error: {}".format(str(fault).splitlines()[-1]), file=sys.stderr, flush=True)
+        print_error(fault)
         return 1
     except KeyboardInterrupt:
         return 130

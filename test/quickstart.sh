@@ -7,9 +7,9 @@ set -euo pipefail
 torch=2.x python='' device='' device_list='' device_id=0
 data=$test_dir/data/quickstart
 result=$test_dir/output/quickstart
-train=(--epochs=12 --batch_size=32 --lr=0.03) evaluate=()
-small=(--val-resize-size 64 --val-crop-size 64)
-recipe=(--train-crop-size 64 --train-crop-scale 0.6 --warmup 1 --seed 1)
+train=(--epochs=20 --batch_size=32 --lr=0.03) evaluate=()
+small=(--val-resize-size 48 --val-crop-size 48)
+recipe=(--train-crop-size 48 --train-crop-scale 0.6 --warmup 1 --dropout 0 --seed 1)
 
 while (($#)); do
   case $1 in

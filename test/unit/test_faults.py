@@ -1,6 +1,7 @@
 """What can go wrong while a run is under way: it ends soon with one message, and goes on from where it was."""
 
 import argparse
+import fcntl
 import io
 import os
 import random
@@ -71,10 +72,10 @@ def test_stopped_at_random_moments(tmp_path, processes, level, signum):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [r"^Epoch: \\[0\\]\\[1/", r"^Test: \\[0/"], ids=["training", "evaluation"])
+@pytest.mark.parametrize("moment", [r"^Epoch: \[0\]\[1/", r"^Test: \[0/"], ids=["training", "evaluation"])
 def test_one_of_eight_is_killed(images, tmp_path, moment):
     run = start(images, "--epochs", 30, *cards(8), *SMALL, "-b", "16", cwd=tmp_path)
-    read_until(run, moment.replace("\\\\", "\\"))
+    read_until(run, moment)
     begin = time.time()
     os.kill(rank_of(run, 5), signal.SIGKILL)
     out = run.communicate(timeout=120)[0]
@@ -124,11 +125,16 @@ def test_two_runs_at_once(images, tmp_path):
     for place in places:
         place.mkdir()
         runs.append(start(images, "--epochs", 2, "--seed", 1, *cards(2), *SMALL, cwd=place))
-    read_until(runs[0], r"^Epoch: \[0\]\[0/")
-    refused = run_main(images, "--epochs", 1, cwd=places[0])
     out = [run.communicate(timeout=200)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], out
     assert chaos.folders_differ(*places) == []
+
+
+def test_two_runs_in_one_folder(images, tmp_path):
+    folder = os.open(str(tmp_path), os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    refused = run_main(images, "--epochs", 1, cwd=tmp_path)
+    os.close(folder)
     assert "another run writes to" in the_error(refused)
 
 
@@ -234,7 +240,7 @@ def test_the_world_size_changed(images, one_epoch, tmp_path):
 
 def test_a_loss_that_is_not_finite(images, tmp_path):
     error = the_error(run_main(images, "--epochs", 3, "--seed", 1, cwd=tmp_path, after=["--lr", "1e30"]))
-    assert re.search(r"the loss is (nan|inf) at epoch 0 step \d+ \(lr 1e\+30\)", error)
+    assert re.search(r"the loss is (nan|inf) at epoch 0 step \d+ \(lr [\d.]+e\+\d+\)", error)
     assert "no checkpoint yet" in error and not list(tmp_path.glob("*.pth.tar"))
 
 
