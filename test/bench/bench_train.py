@@ -98,7 +98,7 @@ def ways(flags, folder, output):
 def main():
     parser = common.parser_of(__doc__)
     add = parser.add_argument
-    add("--images", type=int, default=200, metavar="N", help="different images; the steps' others are copies")
+    add("--images", type=int, default=200, metavar="N", help="different images; they come again and again")
     add("--steps", type=int, default=25, metavar="N", help="steps of each run")
     add("--rounds", type=int, default=3, metavar="N", help="runs of each way")
     add("-b", "--batch-size", type=int, default=64, metavar="N", help="images a step")
