@@ -16,6 +16,7 @@ saving where it was. ``--resume auto`` goes on from there.
 
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import datetime
@@ -653,6 +654,7 @@ def find_scaler(kind):
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, red, green, blue; from torchvision
 SYNTHETIC_CLASSES = 1000
+LARGE = 50000  # images, from which on the index of a folder is kept: a second's scan
 
 
 def class_names(root):
@@ -703,7 +705,7 @@ def scan_or_recall(root, classes, file):
                 and [os.stat(bytes(folder)).st_mtime_ns for folder in index["folders"]] == index["times"].tolist()):
             return index
     index = scan(root, classes)
-    if len(index["paths"]) > 50000:
+    if len(index["paths"]) > LARGE:
         with contextlib.suppress(OSError):  # it only saves time
             with tempfile.NamedTemporaryFile(dir=os.path.dirname(file), delete=False) as new:
                 np.savez(new, **index)
@@ -1064,7 +1066,7 @@ def padded_depthwise(conv, images):
     ten times as fast as the loop."""
     kernel, stride, before = conv.kernel_size[0], conv.stride[0], conv.padding[0]
     below, right = (-(-side // stride) * stride - stride + kernel - before - side for side in images.shape[2:])
-    return torch.mkldnn_convolution(F.pad(images, (before, right, before, below)), conv.weight, None, (0, 0),
+    return torch.mkldnn_convolution(F.pad(images, (before, right, before, below)), conv.weight, conv.bias, (0, 0),
                                     conv.stride, conv.dilation, conv.groups)
 
 
@@ -1110,7 +1112,7 @@ class Bfloat16Depthwise(torch.autograd.Function):
 def bfloat16_depthwise(conv, images):
     """``conv`` through ``Bfloat16Depthwise``, under autocast too."""
     if not torch.is_grad_enabled():
-        return F.conv2d(images, conv.weight, None, conv.stride, conv.padding, 1, conv.groups)
+        return F.conv2d(images, conv.weight, conv.bias, conv.stride, conv.padding, 1, conv.groups)
     return Bfloat16Depthwise.apply(images.bfloat16(), conv.weight.bfloat16(), conv.stride, conv.padding)
 
 
@@ -1131,6 +1133,21 @@ def bfloat16_depthwise_is_slow():
             seconds.append(time.perf_counter() - begin)
         best.append(min(seconds))
     return best[0] > 1.5 * best[1]
+
+
+def fold_batchnorm(model):
+    """A copy for evaluation, with each BatchNorm folded into the weights of the convolution before it: on the CPU 1.4
+    times as fast in fp32, with logits that differ by rounding."""
+    model = copy.deepcopy(model).eval()
+    for parent in model.modules():
+        layers = list(parent) if isinstance(parent, torch.nn.Sequential) else []
+        for place, (conv, norm) in enumerate(zip(layers, layers[1:]), 1):
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                scale = norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)
+                conv.weight.data *= scale.view(-1, 1, 1, 1)
+                conv.bias = torch.nn.Parameter(norm.bias.detach() - norm.running_mean * scale)
+                parent[place] = torch.nn.Identity()
+    return model
 
 
 def build_optimizer(flags, runtime, precision, parameters):
@@ -1331,7 +1348,9 @@ def evaluate(run):
         Fault: the images counted are not the images there are.
     """
     order, flags, team = run.val_loader.sampler, run.flags, run.team
-    run.model.eval()
+    model = run.model.eval()
+    if run.precision.level == "O0" and run.runtime.kind.name == "cpu":
+        model = fold_batchnorm(model)
     sums = torch.zeros(3, device=run.runtime.device, dtype=torch.float32)
     seen, readable, begin, steps = 0, 0, time.time(), len(order)
     no_grad = getattr(torch, "inference_mode", torch.no_grad)
@@ -1340,7 +1359,7 @@ def evaluate(run):
         images, labels, bad = next(batches, (None, (), ()))
         if len(labels):
             with no_grad(), run.precision.autocast():
-                logits = run.model(images).float()
+                logits = model(images).float()
                 loss = F.nll_loss(F.log_softmax(logits, 1), labels, ignore_index=-1, reduction="sum")
                 sums += torch.stack((loss,) + counts_correct(logits, labels))
             seen, readable = seen + len(labels), readable + len(labels) - len(bad)

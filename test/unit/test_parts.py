@@ -32,6 +32,38 @@ def test_smoothed_cross_entropy_is_the_cross_entropy_against_smoothed_targets():
     assert main.smoothed_cross_entropy(logits, labels, 0.1).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_folded_batchnorm_changes_nothing_but_rounding():
+    runtime = main.Runtime(main.KINDS["cpu"], torch.device("cpu"))
+    model = main.build_model(flags("-a", "mnasnet0_5"), runtime, 10)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+        elif name.endswith("running_mean"):
+            buffer.normal_()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, found = model.eval()(images), main.fold_batchnorm(model)(images)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.skipif(not hasattr(torch, "autocast"), reason="bfloat16 on the cpu came later")
+@pytest.mark.parametrize("kernel,stride,side", [(3, 1, 8), (3, 2, 8), (3, 2, 7), (5, 1, 7), (5, 2, 8), (5, 2, 5), (5, 2, 1)])
+def test_bfloat16_depthwise_has_the_gradients_of_float64(kernel, stride, side):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(24, 24, kernel, stride, kernel // 2, groups=24, bias=False).bfloat16()
+    images = torch.randn(2, 24, side, side).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    exact = [t.detach().double().requires_grad_() for t in (images, conv.weight)]
+    expected = torch.nn.functional.conv2d(*exact, stride=stride, padding=kernel // 2, groups=24)
+    found = main.bfloat16_depthwise(conv, images)
+    toward = torch.randn_like(found)
+    found.backward(toward)
+    expected.backward(toward.double())
+    for ours, theirs in ((found, expected), (images.grad, exact[0].grad), (conv.weight.grad, exact[1].grad)):
+        assert ours.dtype == torch.bfloat16 and (ours.double() - theirs).abs().max() < 0.02 * theirs.abs().max()
+
+
 @pytest.mark.parametrize("side", [7, 8])
 def test_depthwise_convolutions_have_the_gradients_of_float64(side):
     runtime = main.Runtime(main.KINDS["cpu"], torch.device("cpu"))
@@ -168,6 +200,24 @@ def test_older_checkpoints_are_kept(tmp_path):
         main.write_checkpoint({"epoch": epoch}, paths[0], paths[1:])
     assert [main.read_checkpoint(p)["epoch"] for p in paths] == [3, 2, 1]
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_index_of_a_large_folder_is_kept_until_the_folder_changes(tmp_path, monkeypatch):
+    for label in "ab":
+        (tmp_path / "data" / label).mkdir(parents=True)
+        (tmp_path / "data" / label / "1.jpg").write_bytes(b"")
+    monkeypatch.setattr(main, "LARGE", 1)
+    open_folder = lambda: main.Folder(str(tmp_path / "data"), str(tmp_path / "index.npz"))
+    assert open_folder().paths.tolist() == [b"a/1.jpg", b"b/1.jpg"] and (tmp_path / "index.npz").exists()
+    scan = main.scan
+    monkeypatch.setattr(main, "scan", lambda *a: pytest.fail("scanned again"))
+    again = open_folder()
+    assert again.paths.tolist() == [b"a/1.jpg", b"b/1.jpg"] and again.labels.tolist() == [0, 1]
+    monkeypatch.setattr(main, "scan", scan)
+    (tmp_path / "data" / "b" / "2.jpg").write_bytes(b"")
+    assert open_folder().paths.tolist() == [b"a/1.jpg", b"b/1.jpg", b"b/2.jpg"]
+    (tmp_path / "index.npz").write_bytes(b"rubbish")
+    assert len(open_folder()) == 3
 
 
 @pytest.mark.parametrize("arguments,words", [
