@@ -313,9 +313,14 @@ def open_device(flags, kind):
             set_mode(jit_compile=False)
         if hasattr(runtime.module, "set_option") and "ACL_OP_COMPILER_CACHE_MODE" not in env:
             runtime.module.set_option({"ACL_OP_COMPILER_CACHE_MODE": "enable"})  # keeps what is compiled
-    elif "OMP_NUM_THREADS" not in env:
-        torch.set_num_threads(max(1, usable_cores() // local_size))
+    elif "OMP_NUM_THREADS" not in env and torch.get_num_threads() != share_of_cores(local_size):
+        torch.set_num_threads(share_of_cores(local_size))  # not idly: torch 1.8's loader processes may hang after it
     return runtime
+
+
+def share_of_cores(processes):
+    """Cores for each of the processes on this node."""
+    return max(1, usable_cores() // processes)
 
 
 def keeps_channels_last(kind):
@@ -1970,7 +1975,7 @@ def work(flags, runtime, team, notes):
 
     train_images, val_images = open_images(flags)
     batch = flags.batch_size // runtime.local_size
-    workers = flags.workers if flags.workers is not None else max(1, usable_cores() // runtime.local_size)
+    workers = flags.workers if flags.workers is not None else share_of_cores(runtime.local_size)
     precision = Precision(flags, runtime)
     log.line("=> {} on {}{}, {} process(es) of {} images a step, {} worker(s) each, {}, seed {}{}".format(
         flags.arch, runtime.device, " ({})".format("; ".join(notes)) if notes else "", team.size, batch, workers,
@@ -2067,13 +2072,16 @@ def launch(flags, argv, kind):
         url = flags.dist_url
         if flags.nodes == 1 and url == "env://" and "MASTER_ADDR" not in os.environ:
             url = "file://" + os.path.join(folder, "meeting")  # one node needs no port
+        environment = dict(os.environ)
+        if kind.name == "cpu":
+            environment.setdefault("OMP_NUM_THREADS", str(share_of_cores(len(cards))))
         for signum in SIGNALS:
             signal.signal(signum, lambda number, frame: tell(children, number))
         for place in range(len(cards)):
             command = [sys.executable, os.path.abspath(__file__)] + argv + [
                 "--local_rank", str(place), "--dist-url", url, "--device", kind.name,
                 "--device-list", ",".join(map(str, cards))]
-            children.append(subprocess.Popen(command, start_new_session=True,
+            children.append(subprocess.Popen(command, env=environment, start_new_session=True,
                                              preexec_fn=lambda: die_with_parent(signal.SIGTERM)))
         try:
             return watch(children, flags.node_rank * len(cards))

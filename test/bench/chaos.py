@@ -160,13 +160,13 @@ def torment(arguments, data, folder, processes, level, rng):
         try:
             status = run.wait(timeout=rng.uniform(0.1, 0.9 * length))
         except subprocess.TimeoutExpired:
-            training = "Epoch:" in log_of(broken)
+            before = len(log_of(broken))
             took = stop(run, broken, signum, rng, arguments.rank)
             if took is None:
                 continue
             stops, longest, left = stops + 1, max(longest, took), left + len(processes_of(broken))
-            expected = {-signum, 128 + signum} if training else {-signum, 128 + signum, 0, 1}
-            if run.returncode not in expected:
+            ended = run.returncode == 0 and "Result:" in log_of(broken)[before:]  # the signal came too late for it
+            if run.returncode not in (-signum, 128 + signum) and not ended and "Epoch:" in log_of(broken)[:before]:
                 problems.append("status {}".format(run.returncode))
         else:
             if status:

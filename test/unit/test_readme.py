@@ -62,8 +62,8 @@ def made_small(command, images):
     if words[0] == "bash":
         after = words[words.index("--") + 1:] if "--" in words else []
         words = words[:words.index("--")] if "--" in words else words
-        words += ["--device=cpu", "--batch_size=16", "--python=" + sys.executable]
-        words += ["--epochs=1", "--lr=0.01"] if "eval" not in command else []
+        words += ["--device=cpu", "--batch_size=32", "--python=" + sys.executable]
+        words += ["--epochs=1", "--lr=0.001"] if "eval" not in command else []
         own = [w for w in SMALL if w not in ("--device", "cpu")]
         for flag in ("-b", "--lr"):
             del own[own.index(flag):own.index(flag) + 2]
@@ -71,7 +71,7 @@ def made_small(command, images):
     words = [w if w != "5120" else "32" for w in words]
     launcher = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
     words = ["2" if w == "8" else w for w in words]  # torchrun's number of processes
-    return launcher + words[1:] + SMALL + ["--epochs", "1", "-b", "16" if eight else "8"]
+    return launcher + words[1:] + SMALL + ["--epochs", "1", "--lr", "0.001", "-b", "32" if eight else "8"]
 
 
 @pytest.mark.slow
