@@ -962,8 +962,7 @@ def quiet_worker(index):
 
 
 def end_loaders():
-    """Ends the loader processes in the middle of their work. They ignore SIGTERM, for which the older torch would wait
-    at exit for ever."""
+    """Ends the loader processes. They ignore SIGTERM, for which the older torch would wait at exit for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take their end for a fault
     for child in multiprocessing.active_children():
         child.kill()
@@ -1454,8 +1453,10 @@ def write_checkpoint(payload, path, older=()):
     """
     temporary = path + ".tmp"
     try:
+        content = io.BytesIO()  # torch 1.8 aborts where it writes to a full disk itself
+        torch.save(payload, content, _use_new_zipfile_serialization=True)  # a zip: each part has a checksum
         with open(temporary, "wb") as file:
-            torch.save(payload, file, _use_new_zipfile_serialization=True)  # a zip: each part has a checksum
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         for source, target in reversed(list(zip([path] + list(older), older))):
@@ -1934,10 +1935,10 @@ def worker(flags, kind, notes):
     """One process of a run, from the device to the result."""
     runtime = open_device(flags, kind)
     team = Team(flags, runtime)
+    status = 0
     try:
         with team.faults():
             work(flags, runtime, team, notes)
-        return 0
     except Stopped as stopped:
         status = 128 + stopped.signum
         if runtime.is_main:
@@ -1948,7 +1949,7 @@ def worker(flags, kind, notes):
         if team.speaks_first():
             print_error("rank {}: {}".format(runtime.rank, fault) if team.size > 1 else fault)
     end_loaders()
-    if team.size > 1:  # the others may be gone, and torch would wait for them
+    if status and team.size > 1:  # the others may be gone, and torch would wait for them
         sys.stdout.flush()
         os._exit(status)
     return status

@@ -202,16 +202,17 @@ def test_damaged_checkpoints_are_passed_over(images, one_epoch, tmp_path, damage
 def test_killed_while_it_writes(images, one_epoch, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(str(one_epoch), str(folder))
-    script = ("import os, signal, sys, main, torch\n"
-              "def save(payload, file, **options):\n"
-              "    file.write(b'PK' * 1000)\n"
-              "    file.flush()\n"
-              "    os.kill(os.getpid(), signal.SIGKILL)\n"
-              "torch.save = save\n"
+    script = ("import os, signal, sys, main\n"
+              "def fsync(file):\n"
+              "    if os.readlink('/proc/self/fd/{}'.format(file)).endswith('.pth.tar.tmp'):\n"
+              "        os.truncate(file, 1000)\n"
+              "        os.kill(os.getpid(), signal.SIGKILL)\n"
+              "os.fsync = fsync\n"
               "sys.exit(main.main(sys.argv[1:]))")
     killed = subprocess.run([sys.executable, "-c", script, str(images), "--epochs", "3", "--resume", "auto"] + SMALL,
                             cwd=str(folder), env=dict(os.environ, PYTHONPATH=str(ROOT)), stdout=subprocess.DEVNULL)
     assert killed.returncode == -signal.SIGKILL
+    assert (folder / "checkpoint.pth.tar.tmp").stat().st_size == 1000
     result = go_on(folder, images)
     assert result.returncode == 0 and "resumed from ./checkpoint.pth.tar" in result.stdout, result.stderr
 
