@@ -1067,7 +1067,7 @@ def pads_wrongly():
 
 def padded_depthwise(conv, images):
     """``conv`` with the padding done beforehand, only as far as its windows reach: right at every stride, and on 1.8
-    ten times as fast as the loop."""
+    a training step of mnasnet1_0 (32 images of 64 px, one thread) took 2.0 s, with the loop 8.7 s."""
     kernel, stride, before = conv.kernel_size[0], conv.stride[0], conv.padding[0]
     below, right = (-(-side // stride) * stride - stride + kernel - before - side for side in images.shape[2:])
     return torch.mkldnn_convolution(F.pad(images, (before, right, before, below)), conv.weight, conv.bias, (0, 0),
@@ -1078,7 +1078,8 @@ class Bfloat16Depthwise(torch.autograd.Function):
     """A depthwise convolution of bfloat16 images [N, C, H, W] and weights [C, 1, K, K] on the CPU.
 
     oneDNN has no fast bfloat16 kernel for two of its gradients, which are computed in another way here: that of the
-    images at stride 2 in fp32, and that of 5x5 weights as two of 5x3 weights.
+    images at stride 2 in fp32, and that of 5x5 weights as two of 5x3 weights. A step (224 px, batch 64, one thread) took
+    3.1 s, with oneDNN's own gradients 5.7 s, in fp32 4.3 s.
     """
 
     @staticmethod

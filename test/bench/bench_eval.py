@@ -72,15 +72,7 @@ def main():
     add = parser.add_argument
     add("--images", type=int, default=1000, metavar="N", help="images evaluated")
     add("--photos", type=int, default=200, metavar="N", help="how many of them differ")
-    add("--rounds", type=int, default=3, metavar="N", help="runs of each way")
-    add("-b", "--batch-size", type=int, default=64, metavar="N", help="images a step")
-    add("--size", type=int, default=224, metavar="PX", help="side of the centre crop, of an image 8/7 of it")
-    add("-a", "--arch", default="mnasnet1_0", help="network")
-    add("--device", choices=["cpu", "gpu"], default=common.best_device())
-    add("--levels", default="O0,O1", help="--opt-level of main.py, one or more")
-    add("--workers", type=int, metavar="N", help="main.py's --workers (default: its own)")
-    add("--usual-workers", type=int, default=common.USUAL_WORKERS, metavar="N", help="the usual loop's loaders")
-    add("--usual-loop", metavar="DIR", help="run only the usual loop, once, in this process, on the images there")
+    common.add_comparison(parser, "side of the centre crop, of an image 8/7 of it")
     add("--weights", metavar="FILE", help="with --usual-loop: the checkpoint")
     flags = parser.parse_args()
     if flags.usual_loop:

@@ -42,7 +42,7 @@ def make_images(folder, train=20, val=4, classes=4):
     data = np.load(str(ROOT / "test" / "data" / "fashion_mnist_2500.npz"))
     for split, each in (("train", train), ("val", val)):
         for label in range(classes):
-            place = folder / split / str(label)
+            place = folder / split / "class {}".format(label)
             place.mkdir(parents=True)
             for i in np.flatnonzero(data[split + "_labels"] == label)[:each]:
                 Image.fromarray(data[split + "_images"][i]).save(str(place / "{}.jpg".format(i)), quality=95)

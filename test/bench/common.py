@@ -35,6 +35,20 @@ def parser_of(doc):
     return argparse.ArgumentParser(description=doc, formatter_class=Help)
 
 
+def add_comparison(parser, size):
+    """The flags of a benchmark that compares main.py with a usual loop; ``size`` says what --size is the side of."""
+    add = parser.add_argument
+    add("--rounds", type=int, default=3, metavar="N", help="runs of each way")
+    add("-b", "--batch-size", type=int, default=64, metavar="N", help="images a step")
+    add("--size", type=int, default=224, metavar="PX", help=size)
+    add("-a", "--arch", default="mnasnet1_0", help="network")
+    add("--device", choices=["cpu", "gpu"], default=best_device())
+    add("--levels", default="O0,O1", help="--opt-level of main.py, one or more")
+    add("--workers", type=int, metavar="N", help="main.py's --workers (default: its own)")
+    add("--usual-workers", type=int, default=USUAL_WORKERS, metavar="N", help="the usual loop's loaders")
+    add("--usual-loop", metavar="DIR", help="run only the usual loop, once, in this process, on the images there")
+
+
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 

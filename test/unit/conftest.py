@@ -7,14 +7,15 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 UNIT = ROOT / "test" / "unit"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "test" / "bench")]
+
+import chaos
+import main
 
 SMALL = ["--device", "cpu", "-a", "mnasnet0_5", "-b", "8", "--train-crop-size", "32", "--val-resize-size", "32",
          "--val-crop-size", "32", "--lr", "0.01", "--workers", "1", "--print-freq", "1"]
@@ -26,6 +27,10 @@ def run_main(*arguments, cwd, small=True, after=(), timeout=300, **environment):
     command += [str(a) for a in after]
     return subprocess.run(command, cwd=str(cwd), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout,
                           universal_newlines=True, env=dict(os.environ, **environment))
+
+
+def checkpoint(folder, name="checkpoint.pth.tar"):
+    return main.read_checkpoint(str(folder / name))
 
 
 def free_port():
@@ -46,14 +51,8 @@ def the_error(result, status=1):
 def images(tmp_path_factory):
     """train/ with 4 classes of 8 images, val/ with 31 images: no batch size but 1 and 31 divides it."""
     folder = tmp_path_factory.mktemp("some images")
-    data = np.load(str(ROOT / "test" / "data" / "fashion_mnist_2500.npz"))
-    for split, each in (("train", 8), ("val", 8)):
-        for label in range(4):
-            place = folder / split / "class {}".format(label)
-            place.mkdir(parents=True)
-            for i in np.flatnonzero(data[split + "_labels"] == label)[:each]:
-                if (split, label, len(list(place.iterdir()))) != ("val", 3, 7):
-                    Image.fromarray(data[split + "_images"][i]).save(str(place / "{}.jpg".format(i)), quality=95)
+    chaos.make_images(folder, train=8, val=8)
+    max((folder / "val" / "class 3").iterdir(), key=lambda path: int(path.stem)).unlink()
     return folder
 
 

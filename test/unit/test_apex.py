@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import main
-from conftest import SMALL, UNIT, run_main
+from conftest import SMALL, UNIT, checkpoint, run_main
 
 FEW = ["--device", "gpu", "-a", "mnasnet0_5", "-b", "16", "--train-crop-size", "32", "--val-resize-size", "32",
        "--val-crop-size", "32", "--lr", "0.01", "--workers", "0", "--epochs", "2"]
@@ -51,10 +51,6 @@ def amp(monkeypatch):
 
 def called(amp, name):
     return [what for called, what in amp.calls if called == name]
-
-
-def checkpoint(folder):
-    return main.read_checkpoint(str(folder / "checkpoint.pth.tar"))
 
 
 @pytest.mark.parametrize("found", [None, types.ModuleType("apex")], ids=["none", "without amp"])

@@ -21,11 +21,9 @@ import pytest
 import torch
 from PIL import Image
 
+import chaos
 import main
 from conftest import ROOT, SMALL, free_port, run_main, the_error
-
-sys.path.insert(0, str(ROOT / "test" / "bench"))
-import chaos
 
 BF16 = hasattr(torch, "autocast")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import main
-from conftest import ROOT, SMALL, UNIT, run_main, the_error
+from conftest import ROOT, SMALL, UNIT, checkpoint, run_main, the_error
 from test_scripts import TINY, clone  # noqa: F401 (a fixture)
 
 RUN = SMALL[2:] + ["-b", "16", "--device", "npu"]
@@ -33,10 +33,6 @@ def drive(npu, code, cwd, **variables):
                           universal_newlines=True, timeout=200, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stdout
-
-
-def checkpoint(folder, name="checkpoint.pth.tar"):
-    return main.read_checkpoint(str(folder / name))
 
 
 # Where there is no card

@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+import chaos
 import main
 import mnasnet
-from conftest import ROOT, SMALL, free_port, run_main, the_error
+from conftest import ROOT, SMALL, checkpoint, free_port, run_main, the_error
 
 TWO = ["--multiprocessing-distributed", "--device-list", "0,1"]
 BF16 = hasattr(torch, "autocast")  # what O1 and O2 need on the cpu
@@ -30,20 +31,6 @@ def losses(result):
 def counts(result):
     assert result.returncode == 0, result.stdout + result.stderr
     return re.findall(r"\* Acc@1 (\S+) Acc@5 (\S+)", result.stdout)[-1]
-
-
-def checkpoint(folder, name="checkpoint.pth.tar"):
-    return main.read_checkpoint(str(folder / name))
-
-
-def same(one, other):
-    """Whether two checkpoints are equal to the last bit, but for what a clock measured."""
-    if isinstance(one, dict):
-        ours = [k for k in one if k not in ("fps", "seconds", "data_wait")]
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in ours)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if torch.is_tensor(one) else one == other or (one != one and other != other)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +62,7 @@ def test_the_reference_way_of_reading_the_log(trained):
 def test_the_result_does_not_depend_on_the_workers(images, trained, tmp_path):
     result = subprocess.run([sys.executable, str(ROOT / "main.py"), str(images), "--epochs", "2", "--seed", "1"] + SMALL
                             + ["--workers", "0"], cwd=str(tmp_path), stdout=subprocess.PIPE, universal_newlines=True)
-    assert result.returncode == 0 and same(checkpoint(trained[0]), checkpoint(tmp_path))
+    assert result.returncode == 0 and not chaos.differences(checkpoint(trained[0]), checkpoint(tmp_path))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -147,7 +134,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(images, tmp_path, extra, si
     result = run_main(*arguments, cwd=folders[1])
     losses(result)
     assert "resumed from" in result.stdout
-    assert same(checkpoint(folders[0]), checkpoint(folders[1]))
+    assert not chaos.differences(checkpoint(folders[0]), checkpoint(folders[1]))
 
 
 @pytest.mark.parametrize("level", ["O1", "O2"])
