@@ -348,11 +348,9 @@ def die_with_parent(signum):
         ctypes.CDLL(None).prctl(1, int(signum))
 
 
-def keep_freed_memory(kind):
+def keep_freed_memory():
     """Tells glibc to keep freed blocks: a step on the CPU takes and frees hundreds of MB, and getting them back from
-    the kernel page by page took more time than the arithmetic. False for cards, and where the C library is another."""
-    if kind.name != "cpu":
-        return False
+    the kernel page by page took more time than the arithmetic. False where the C library is another."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -400,6 +398,10 @@ class Team:
     def sum(self, values):
         """The sums over the processes of a list of numbers, in float64."""
         return self.gather(torch.tensor(values, dtype=torch.float64)).sum(0).tolist()
+
+    def first(self, value):
+        """The first process's number, for all."""
+        return self.sum([value if self.runtime.is_main else 0])[0]
 
     def gather(self, row):
         """[N] on the host -> [world size, N], a row a process."""
@@ -598,17 +600,17 @@ class Precision:
         return self.apex.state_dict() if self.apex else self.scaler.state_dict() if self.scaler else {}
 
     def load_state_dict(self, state):
-        """Takes a scaler's state in apex's form or in torch's own."""
-        apex_state = state.get("loss_scaler0")
-        if self.apex and not apex_state and state:
-            state = {"loss_scaler0": {"loss_scale": state["scale"], "unskipped": state["_growth_tracker"]}}
-        if self.apex and state:
-            self.apex.load_state_dict(OrderedDict(state))
-        elif self.scaler and apex_state:
-            state = dict(self.scaler.state_dict(), scale=apex_state["loss_scale"],
-                         _growth_tracker=apex_state["unskipped"])
-        if self.scaler and state:
-            self.scaler.load_state_dict(state)
+        """Takes a scaler's state in apex's form or in torch's own. A --loss-scale that is a number stays."""
+        if not state:
+            return
+        scaler = state.get("loss_scaler0")
+        scale, steps = (scaler["loss_scale"], scaler["unskipped"]) if scaler else (state["scale"], state["_growth_tracker"])
+        if self.loss_scale != "dynamic":
+            scale = self.loss_scale
+        if self.apex:
+            self.apex.load_state_dict(OrderedDict(loss_scaler0={"loss_scale": scale, "unskipped": steps}))
+        elif self.scaler:
+            self.scaler.load_state_dict(dict(self.scaler.state_dict(), scale=scale, _growth_tracker=steps))
 
 
 def stepped_parameters(optimizer):
@@ -1121,11 +1123,13 @@ def bfloat16_depthwise(conv, images):
     return Bfloat16Depthwise.apply(images.bfloat16(), conv.weight.bfloat16(), conv.stride, conv.padding)
 
 
-def bfloat16_depthwise_is_slow():
-    """Whether oneDNN's own way is the slower one here, by timing both on a small convolution (20 ms; the two differ
-    several times where the CPU has bfloat16 instructions)."""
-    if not hasattr(torch.ops.aten, "convolution_backward"):
-        return False
+def choose_depthwise(checkpoint):
+    """Whether to train through ``bfloat16_depthwise``: as the interrupted run did, or else where it is faster than
+    oneDNN's own way. Both are timed on a small convolution (20 ms); where the CPU has bfloat16 instructions the two
+    differ several times."""
+    able = hasattr(torch.ops.aten, "convolution_backward")
+    if not able or checkpoint.get("own_depthwise") is not None:
+        return able and checkpoint["own_depthwise"]
     conv = torch.nn.Conv2d(64, 64, 5, 2, 2, groups=64, bias=False).bfloat16()
     images = torch.zeros(4, 64, 28, 28, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
     best = []
@@ -1293,6 +1297,7 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     train_loader: torch.utils.data.DataLoader = None
     seed: int = 0
+    own_depthwise: bool = None  # whether training computes through bfloat16_depthwise; None in other precisions
     steady_images: int = 0  # by this start of the run, first steps left out; with the seconds they took
     steady_seconds: float = 0.0
 
@@ -1432,6 +1437,7 @@ def snapshot(run):
         "rows": progress.rows, "state_dict": weights_of(run, averaged), "optimizer": optimizer_state(run.optimizer),
         "amp": run.precision.state_dict(), "processes": rows, "seed": run.seed, "classes": data.classes,
         "train_images": len(data), "batch": run.train_loader.sampler.total, "opt_level": run.precision.level,
+        "own_depthwise": run.own_depthwise,
     }
 
 
@@ -1447,17 +1453,21 @@ def save(run, best=False):
 
 
 def write_checkpoint(payload, path, older=()):
-    """Writes under a temporary name, flushes, then renames; what was there before moves to the ``older`` names.
+    content = io.BytesIO()  # torch 1.8 aborts where it writes to a full disk itself
+    torch.save(payload, content, _use_new_zipfile_serialization=True)  # a zip: each part has a checksum
+    write_file(content.getbuffer(), path, older)
+
+
+def write_file(content, path, older=()):
+    """Writes bytes under a temporary name, flushes, then renames; what was there before moves to the ``older`` names.
 
     Raises:
         Fault: the disk is full, or the folder can't be written to. The files there are as they were.
     """
     temporary = path + ".tmp"
     try:
-        content = io.BytesIO()  # torch 1.8 aborts where it writes to a full disk itself
-        torch.save(payload, content, _use_new_zipfile_serialization=True)  # a zip: each part has a checksum
         with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         for source, target in reversed(list(zip([path] + list(older), older))):
@@ -1467,7 +1477,7 @@ def write_checkpoint(payload, path, older=()):
                 link_or_move(source, target)
         os.replace(temporary, path)
         sync_folder(path)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         good = [p for p in [path] + list(older) if os.path.exists(p)]
@@ -1854,15 +1864,11 @@ class Meter:
 
 
 def write_metrics(flags, rows):
-    """metrics.csv, whole, under its name only when it is on the disk."""
-    path = os.path.join(flags.output_dir, "metrics.csv")
-    with open(path + ".tmp", "w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(COLUMNS)
-        table.writerows([row["epoch"]] + ["{:.6g}".format(row[name]) for name in COLUMNS[1:]] for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    table.writerows([row["epoch"]] + ["{:.6g}".format(row[name]) for name in COLUMNS[1:]] for row in rows)
+    write_file(text.getvalue().encode(), os.path.join(flags.output_dir, "metrics.csv"))
 
 
 def profile(run, warm=3, steps=5):
@@ -1956,19 +1962,33 @@ def worker(flags, kind, notes):
     return status
 
 
-def agree_on_seed(flags, checkpoint, team):
-    """--seed, or the interrupted run's, or one drawn; the same in all processes."""
-    seed = flags.seed
-    if seed is None:
-        seed = (checkpoint or {}).get("seed", random.SystemRandom().randrange(2 ** 31))
-    return int(team.sum([seed if team.runtime.is_main else 0])[0])
+def choose_seed(flags, checkpoint):
+    """--seed, or the interrupted run's, or one drawn."""
+    if flags.seed is not None:
+        return flags.seed
+    return checkpoint.get("seed", random.SystemRandom().randrange(2 ** 31))
+
+
+def describe_speed(runtime, memory_kept, own_depthwise):
+    """The log's line of what makes a run fast here, and what this torch or machine lacks; None: of no use here."""
+    kind = runtime.kind
+    levers = [
+        ("channels_last", runtime.channels_last if kind.channels_last else None),
+        ("freed memory kept", memory_kept),
+        ("own bfloat16 depthwise gradients", own_depthwise),
+        ("torchvision's JPEG decoder", fast_decoder() is not None),
+        ("lasting loader processes", accepts(torch.utils.data.DataLoader.__init__, "persistent_workers")),
+        ("fused SGD", accepts(torch.optim.SGD.__init__, "fused") if kind.name != "npu" else None),
+    ]
+    there, missing = (", ".join(name for name, found in levers if found is wanted) for wanted in (True, False))
+    return "=> for speed: {}{}".format(there or "nothing", "; not here: " + missing if missing else "")
 
 
 def work(flags, runtime, team, notes):
     """What a process does from meeting the others to the result."""
     log = Log(flags, runtime)
     checkpoint, path = find_checkpoint(flags)
-    seed = agree_on_seed(flags, checkpoint, team)
+    seed = int(team.first(choose_seed(flags, checkpoint or {})))
     if flags.seed is not None:
         make_deterministic()
     elif runtime.module:
@@ -1979,9 +1999,9 @@ def work(flags, runtime, team, notes):
     batch = flags.batch_size // runtime.local_size
     workers = flags.workers if flags.workers is not None else share_of_cores(runtime.local_size)
     precision = Precision(flags, runtime)
-    log.line("=> {} on {}{}, {} process(es) of {} images a step, {} worker(s) each, {}, seed {}{}".format(
+    log.line("=> {} on {}{}, {} process(es) of {} images a step, {} worker(s) each, {}, seed {}".format(
         flags.arch, runtime.device, " ({})".format("; ".join(notes)) if notes else "", team.size, batch, workers,
-        precision, seed, ", freed memory kept" if keep_freed_memory(runtime.kind) else ""))
+        precision, seed))
     if batch < 1:
         raise Fault("--batch-size {} is less than one image for each of {} processes".format(
             flags.batch_size, runtime.local_size))
@@ -1990,12 +2010,18 @@ def work(flags, runtime, team, notes):
         log.line("=> weights of {}".format(load_pretrained(model, flags)))
     if checkpoint:
         load_weights(model, checkpoint, path)
-    if precision.bfloat16 and not flags.evaluate and bfloat16_depthwise_is_slow():
-        replace_depthwise(model, bfloat16_depthwise)
+    own_depthwise = None
+    if precision.bfloat16 and not flags.evaluate:  # timed once for all: the other way's roundings are others
+        own_depthwise = bool(team.first(choose_depthwise(checkpoint or {})))
+        if own_depthwise:
+            replace_depthwise(model, bfloat16_depthwise)
+    memory_kept = keep_freed_memory() if runtime.kind.name == "cpu" else None
+    log.line(describe_speed(runtime, memory_kept, own_depthwise))
     parameters = precision.prepare(model)
     loader = make_loader(ImageBatches(val_images, flags, seed, train=False), BatchOrder(len(val_images), batch, runtime),
                          workers, runtime)
-    run = Run(flags, runtime, team, precision, model, loader, BadImages(flags, runtime, team, log), log, seed=seed)
+    run = Run(flags, runtime, team, precision, model, loader, BadImages(flags, runtime, team, log), log, seed=seed,
+              own_depthwise=own_depthwise)
     if flags.evaluate:
         team.listen()
         loss, acc1, acc5, fps = evaluate(run)

@@ -6,11 +6,15 @@ at every step. Both get the same JPEG files, network, batch size and number of s
 in turn. The first 5 steps (at most half of them) are not counted, in both.
 
 How to read it: "x usual" is the ratio of the medians. O0 computes in fp32 like the usual loop; O1 in low precision.
-Take at least 20 steps: the batches which the loaders have ready when the count begins are for free, in both.
+With --levers, "no files" is main.py on generated images, what the step alone allows, and each of main.py's levers is
+left out in turn. Take at least 20 steps: the batches which the loaders have ready when the count begins are for free, in
+both.
 """
 
+import functools
 import os
 import pathlib
+import statistics
 import sys
 import tempfile
 import time
@@ -77,6 +81,16 @@ def usual_loop(flags):
         sum(top1) / len(top1), sum(top5) / len(top5), rate, sum(losses) / len(losses)))
 
 
+# How main.py is kept from using each of its levers; for what they are, see there.
+WITHOUT = {
+    "channels_last": "import main; main.keeps_channels_last = lambda kind: False",
+    "freed memory kept": "import main; main.keep_freed_memory = lambda: False",
+    "own depthwise": "import main; main.choose_depthwise = lambda checkpoint: False",
+    "fast decoder": "import main; main.fast_decoder = lambda: None",
+    "short spinning": "os.environ['GOMP_SPINCOUNT'] = '300000'; import main",  # libgomp's own
+}
+
+
 def ways(flags, folder, output):
     """name -> a function that runs it and gives images per second."""
     def usual():
@@ -84,15 +98,36 @@ def ways(flags, folder, output):
             __file__, "--usual-loop", folder, "--device", flags.device, "-a", flags.arch, "-b", flags.batch_size,
             "--size", flags.size, "--usual-workers", flags.usual_workers]))
 
-    def ours(level):
-        more = ["--workers", flags.workers] if flags.workers is not None else []
-        return common.images_per_second(common.run_main(
-            folder, "--device", flags.device, "-a", flags.arch, "-b", flags.batch_size, "--epochs", 1, "--lr", 0.01,
-            "--wd", 1e-5, "--train-crop-size", flags.size, "--opt-level", level, "--output-dir", output, *more))
+    def ours(level, *more, images=(folder,), program=(common.ROOT / "main.py",)):
+        if flags.workers is not None:
+            more += ("--workers", flags.workers)
+        return common.images_per_second(common.run(program + images + (
+            "--device", flags.device, "-a", flags.arch, "-b", flags.batch_size, "--epochs", 1, "--lr", 0.01,
+            "--wd", 1e-5, "--train-crop-size", flags.size, "--opt-level", level, "--output-dir", output) + more))
 
     table = {"usual": usual}
-    table.update({"main.py " + level: (lambda level=level: ours(level)) for level in flags.levels.split(",")})
+    for level in flags.levels.split(","):
+        table["main.py " + level] = functools.partial(ours, level)
+        if not flags.levers:
+            continue
+        table["main.py {}, no files".format(level)] = functools.partial(
+            ours, level, "--val-crop-size", 32, "--val-resize-size", 32,
+            images=("--synthetic", flags.steps * flags.batch_size))
+        for lever, change in WITHOUT.items():
+            if lever != "own depthwise" or level != "O0":
+                code = "import os, sys; sys.path.insert(0, {!r}); {}; sys.exit(main.main())".format(
+                    str(common.ROOT), change)
+                table["{} without {}".format(level, lever)] = functools.partial(ours, level, program=("-c", code))
     return table
+
+
+def account(level, whole, alone):
+    """Says what of the time of a loop from files the step alone takes, and what is left for an image's reading."""
+    if whole and alone:
+        whole, alone = statistics.median(whole), statistics.median(alone)
+        left = common.cores() * 1000 * (1 / whole - 1 / alone)
+        print("{}: {:.0f} % of the time is the step's; the rest is {:.1f} ms of a core for an image".format(
+            level, 100 * whole / alone, left))
 
 
 def main():
@@ -100,6 +135,7 @@ def main():
     add = parser.add_argument
     add("--images", type=int, default=200, metavar="N", help="different images; they come again and again")
     add("--steps", type=int, default=25, metavar="N", help="steps of each run")
+    add("--levers", action="store_true", help="also run on generated images, and without each of main.py's levers")
     common.add_comparison(parser, "side of a training crop")
     flags = parser.parse_args()
     if flags.usual_loop:
@@ -110,9 +146,13 @@ def main():
         common.make_images(folder, flags.steps * flags.batch_size, common.CLASSES, flags.images)
         print("whole loop: {}, {} px, batch {}, {} steps, {}".format(
             flags.arch, flags.size, flags.batch_size, flags.steps, flags.device))
-        figures = common.interleave(ways(flags, folder, pathlib.Path(place) / "output"), flags.rounds)
+        table = ways(flags, folder, pathlib.Path(place) / "output")
+        figures = common.interleave(table, flags.rounds)
+        expected = len(table)
     common.print_table(figures, ["usual"])
-    return 0 if len(figures) == 1 + len(flags.levels.split(",")) else 1
+    for level in flags.levels.split(","):
+        account(level, *(figures.get(name.format(level)) for name in ("main.py {}", "main.py {}, no files")))
+    return 0 if len(figures) == expected else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """A small folder of real images, and main.py run on it as a user would."""
 
+import importlib.util
 import os
 import pathlib
-import socket
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -27,6 +28,15 @@ def run_main(*arguments, cwd, small=True, after=(), timeout=300, **environment):
     command += [str(a) for a in after]
     return subprocess.run(command, cwd=str(cwd), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout,
                           universal_newlines=True, env=dict(os.environ, **environment))
+
+
+def torchrun(processes, restarts=0):
+    """The start of a command line under torch's own launcher; before torch 1.9 it had another name, and no restarts."""
+    if importlib.util.find_spec("torch.distributed.run") is None:
+        return [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", str(processes), "--master_port",
+                str(free_port()), str(ROOT / "main.py")]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--max-restarts",
+            str(restarts), "--master_port", str(free_port()), str(ROOT / "main.py")]
 
 
 def checkpoint(folder, name="checkpoint.pth.tar"):

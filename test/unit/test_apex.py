@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import main
-from conftest import SMALL, UNIT, checkpoint, run_main
+from conftest import SMALL, UNIT, checkpoint, run_main, the_error
 
 FEW = ["--device", "gpu", "-a", "mnasnet0_5", "-b", "16", "--train-crop-size", "32", "--val-resize-size", "32",
        "--val-crop-size", "32", "--lr", "0.01", "--workers", "0", "--epochs", "2"]
@@ -137,20 +137,13 @@ def native(monkeypatch):
     return lambda: main.Precision(flags, main.Runtime(main.KINDS["gpu"], torch.device("cpu")))
 
 
-needs_autocast = pytest.mark.skipif(not hasattr(torch.cuda.amp, "autocast"), reason="no native state")
-
-
-def test_native_where_torch_has_no_autocast(native):
-    if hasattr(torch.cuda.amp, "autocast"):
-        assert "native, float16" in str(native())
-    else:
+def test_the_state_of_apex_in_native(native):
+    if not hasattr(torch.cuda.amp, "autocast"):  # torch 1.5
         with pytest.raises(main.Fault, match="--opt-level O0, or install an apex that has amp"):
             native()
-
-
-@needs_autocast
-def test_the_state_of_apex_in_native(native):
+        return
     precision = native()
+    assert "native, float16" in str(precision)
     precision.load_state_dict({"loss_scaler0": {"loss_scale": 512.0, "unskipped": 7}})
     state = precision.state_dict()
     assert state["scale"] == 512 and state["_growth_tracker"] == 7 and state["growth_interval"] == 2000
@@ -168,6 +161,11 @@ def test_a_state_in_apex(gpu, amp, state):
     precision.initialize(model, torch.optim.SGD(precision.prepare(model), 0.1))
     precision.load_state_dict(state)
     assert precision.state_dict() == {"loss_scaler0": {"loss_scale": 512.0, "unskipped": 7}}
+    precision.loss_scale = 64.0  # --loss-scale 64 at the resume
+    precision.load_state_dict(state)
+    assert precision.state_dict()["loss_scaler0"]["loss_scale"] == 64
+    precision.loss_scale = "dynamic"
+    precision.load_state_dict(state)
     precision.load_state_dict({})  # of a run in fp32 or bfloat16: the scale stays
     assert precision.state_dict()["loss_scaler0"]["loss_scale"] == 512
 
@@ -176,7 +174,8 @@ def test_a_state_in_apex(gpu, amp, state):
 def test_two_cards(npu, images, tmp_path):
     """The stub refuses a model that is wrapped, and DDP's views of its buckets as gradients."""
     if npu is None:
-        pytest.skip("the stand-in for npu needs torch 2.14 and a compiler")
+        assert "--device npu is not there" in the_error(run_main("--synthetic", 16, cwd=tmp_path, after=["--device", "npu"]))
+        return
     log = tmp_path / "calls"
     variables = dict(npu, PYTHONPATH="{}:{}".format(npu["PYTHONPATH"], UNIT / "apex_stub"), APEX_STUB_LOG=str(log))
     result = run_main(images, *SMALL[2:], "--device", "npu", "--opt-level", "O2", "--epochs", 1, "-b", 16,

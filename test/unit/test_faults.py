@@ -23,7 +23,7 @@ from PIL import Image
 
 import chaos
 import main
-from conftest import ROOT, SMALL, free_port, run_main, the_error
+from conftest import ROOT, SMALL, checkpoint, free_port, run_main, the_error, torchrun
 
 BF16 = hasattr(torch, "autocast")
 
@@ -137,17 +137,20 @@ def test_two_runs_in_one_folder(images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not BF16, reason="torchrun came later")
 def test_torchrun_starts_a_killed_rank_again(images, tmp_path):
-    arguments = [str(images), "--epochs", "2", "--seed", "1", "--save-freq", "1", "--resume", "auto"] + SMALL
-    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts",
-                            "1", "--master_port", str(free_port()), str(ROOT / "main.py")] + arguments,
-                           cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    command = torchrun(2, restarts=1)
+    command += [str(images), "--epochs", "2", "--seed", "1", "--save-freq", "1", "--resume", "auto"] + SMALL
+    run = subprocess.Popen(command, cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           universal_newlines=True)
     read_until(run, r"^Epoch: \[0\]\[2/")
     ranks = [pid for pid in chaos.processes_of(tmp_path) if chaos.parent(pid) == run.pid]
     os.kill(max(ranks), signal.SIGKILL)
-    out = run.communicate(timeout=200)[0]
-    assert run.returncode == 0 and "resumed from" in out and "Result:" in out, out
+    out, status = run.communicate(timeout=200)[0], run.returncode
+    if "--max-restarts" not in command:  # the older launcher ends, and goes on when it is started again
+        assert status != 0
+        out = subprocess.run(command, cwd=str(tmp_path), stdout=subprocess.PIPE, universal_newlines=True).stdout
+        status = 0
+    assert status == 0 and "resumed from" in out and "Result:" in out, out
 
 
 # Files
@@ -178,6 +181,37 @@ def test_a_full_disk(images, one_epoch, tmp_path):
     assert go_on(folder, images).returncode == 0
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """(a folder on a file system of its own, a function that gives it so many bytes); only root can have one."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+
+    def mount(size, *options):
+        return subprocess.call(["mount", "-t", "tmpfs", "-o", ",".join(options + ("size={}".format(size),)), "none",
+                                str(folder)], stderr=subprocess.DEVNULL)
+
+    if not shutil.which("mount") or mount(2 ** 30):
+        pytest.skip("no file system can be mounted here")
+    yield folder, lambda size: mount(size, "remount")
+    subprocess.check_call(["umount", str(folder)])
+
+
+def test_a_disk_that_fills_up(images, one_epoch, small_disk, tmp_path):
+    disk, resize = small_disk
+    shutil.copy(str(one_epoch / "checkpoint-1.pth.tar"), str(disk / "checkpoint.pth.tar"))
+    size = (disk / "checkpoint.pth.tar").stat().st_size
+    assert resize(size * 3 // 2) == 0  # room for half a checkpoint beside it
+    error = the_error(go_on(disk, images))
+    assert "No space left" in error and "The last good one is ./checkpoint.pth.tar" in error
+    assert sorted(path.name for path in disk.iterdir()) == ["checkpoint.pth.tar", "metrics.csv"]
+    assert resize(size * 9) == 0
+    shutil.copytree(str(disk), str(tmp_path / "roomy"))
+    for folder in (disk, tmp_path / "roomy"):
+        assert go_on(folder, images).returncode == 0
+    assert chaos.differences(checkpoint(disk), checkpoint(tmp_path / "roomy")) == []
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "half written"])
 def test_damaged_checkpoints_are_passed_over(images, one_epoch, tmp_path, damage):
     folder = tmp_path / "copy"
@@ -195,6 +229,24 @@ def test_damaged_checkpoints_are_passed_over(images, one_epoch, tmp_path, damage
     assert result.returncode == 0, result.stderr
     assert ("damaged" in result.stderr) == (damage != "half written")
     assert "resumed from ./checkpoint{}.pth.tar".format("" if damage == "half written" else "-1") in result.stdout
+
+
+def test_any_cut_and_any_flipped_bit(one_epoch, tmp_path, capfd):
+    """At 20 places each: the file is passed over, or nothing that it holds has changed."""
+    for name in ("checkpoint.pth.tar", "checkpoint-1.pth.tar"):
+        shutil.copy(str(one_epoch / name), str(tmp_path))
+    path, rng = tmp_path / "checkpoint.pth.tar", random.Random(0)
+    before, whole = main.read_checkpoint(str(path)), path.read_bytes()
+    flags = main.parse_args(["data", "--resume", "auto", "--output-dir", str(tmp_path)])
+    places = rng.sample(range(len(whole)), 30) + list(range(5)) + [len(whole) - i for i in range(1, 6)]
+    for number, place in enumerate(places):
+        flipped = bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1:]
+        path.write_bytes(whole[:place] + (flipped if number % 2 else b""))
+        found, name = main.find_checkpoint(flags)
+        if name == str(path):
+            assert chaos.differences(found, before) == [], place
+        else:
+            assert name.endswith("checkpoint-1.pth.tar") and "trying the one before" in capfd.readouterr().err
 
 
 def test_killed_while_it_writes(images, one_epoch, tmp_path):

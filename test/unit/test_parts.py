@@ -48,9 +48,11 @@ def test_folded_batchnorm_changes_nothing_but_rounding():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.skipif(not hasattr(torch, "autocast"), reason="bfloat16 on the cpu came later")
 @pytest.mark.parametrize("kernel,stride,side", [(3, 1, 8), (3, 2, 8), (3, 2, 7), (5, 1, 7), (5, 2, 8), (5, 2, 5), (5, 2, 1)])
 def test_bfloat16_depthwise_has_the_gradients_of_float64(kernel, stride, side):
+    if not hasattr(torch, "autocast"):  # torch 1.5 and 1.8 have no bfloat16 on the cpu, and are not made to use it
+        assert main.choose_depthwise({}) is main.choose_depthwise({"own_depthwise": True}) is False
+        return
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(24, 24, kernel, stride, kernel // 2, groups=24, bias=False).bfloat16()
     images = torch.randn(2, 24, side, side).bfloat16().to(memory_format=torch.channels_last).requires_grad_()

@@ -17,7 +17,7 @@ from PIL import Image
 import chaos
 import main
 import mnasnet
-from conftest import ROOT, SMALL, checkpoint, free_port, run_main, the_error
+from conftest import ROOT, SMALL, checkpoint, free_port, run_main, the_error, torchrun
 
 TWO = ["--multiprocessing-distributed", "--device-list", "0,1"]
 BF16 = hasattr(torch, "autocast")  # what O1 and O2 need on the cpu
@@ -95,10 +95,8 @@ def test_started_from_outside(images, tmp_path):
     assert [run.returncode for run in runs] == [0, 0] and "Result:" in out[0] and "Result:" not in out[1]
 
 
-@pytest.mark.skipif(not BF16, reason="torchrun came later")
 def test_torchrun(images, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
-               str(ROOT / "main.py"), str(images), "--epochs", "1", "--seed", "3"] + SMALL
+    command = torchrun(2) + [str(images), "--epochs", "1", "--seed", "3"] + SMALL
     done = subprocess.run(command, cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           universal_newlines=True, timeout=200)
     assert done.returncode == 0 and done.stdout.count("Result:") == 1, done.stdout
@@ -232,9 +230,9 @@ def test_counts_of_500_images(tmp_path):
             folder = tmp_path / split / str(label)
             folder.mkdir(parents=True, exist_ok=True)
             if split == "val" or not list(folder.iterdir()):
-                Image.fromarray(image).save(str(folder / "{}.png".format(i)))
+                Image.fromarray(image).save(str(folder / "{}.jpg".format(i)), quality=95)
     torch.manual_seed(0)
-    model = mnasnet.mnasnet0_5(num_classes=10)
+    model = mnasnet.mnasnet0_5(num_classes=10).eval()
     torch.save(model.state_dict(), str(tmp_path / "model.pth"))
     # BatchNorm's fresh statistics keep the logits apart enough for every image to have a clear first choice
     found = set()
@@ -243,8 +241,24 @@ def test_counts_of_500_images(tmp_path):
         result = run_main(tmp_path, "-e", "--resume", "model.pth", *(several if processes > 1 else []), cwd=tmp_path,
                           after=["-b", batch])
         assert result.returncode == 0, result.stdout + result.stderr
-        found.add(re.search(r"\* Acc@1 .*\((\d+ and \d+ of 500 images)\)", result.stdout).group(1))
+        found.add(re.search(r"\* Acc@1 .*\((\d+) and (\d+) of 500 images\)", result.stdout).groups())
     assert len(found) == 1, found
+    expected = counts_of_the_classic_pipeline(model, tmp_path / "val", 32)
+    assert all(abs(int(ours) - theirs) <= 1 for ours, theirs in zip(found.pop(), expected))
+
+
+def counts_of_the_classic_pipeline(model, folder, size):
+    """Right at the first guess, and within five: Pillow's decoding and resizing, and the network as it is."""
+    top1 = top5 = 0
+    mean, std = (np.array(v, np.float32) for v in (main.MEAN, main.STD))
+    for label, place in enumerate(sorted(folder.iterdir())):
+        pixels = np.stack([np.asarray(Image.open(str(path)).convert("RGB").resize((size, size), Image.BILINEAR))
+                           for path in place.iterdir()])
+        images = torch.from_numpy((pixels.astype(np.float32) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+        with torch.no_grad():
+            guesses = model(images).topk(5, 1)[1]
+        top1, top5 = top1 + int((guesses[:, 0] == label).sum()), top5 + int((guesses == label).sum())
+    return top1, top5
 
 
 def test_profile(images, tmp_path):
@@ -276,3 +290,15 @@ def test_pretrained_weights(images, tmp_path):
                        for model in (["--pretrained", "--weights", "four.pth"], ["--resume", "four.pth"])]
     assert same_as_resumed[0] == same_as_resumed[1]
     assert "no checkpoint" in the_error(run_main(images, "--pretrained", "--weights", "none.pth", cwd=tmp_path))
+
+
+@pytest.mark.slow
+def test_compile(images, tmp_path):
+    result = run_main(images, "--epochs", 1, "--seed", 1, "--compile", cwd=tmp_path)
+    if not hasattr(torch, "compile"):
+        assert "--compile needs torch 2.0 or later" in the_error(result)
+        return
+    losses(result)
+    names = list(mnasnet.mnasnet0_5(num_classes=4).state_dict())
+    assert list(checkpoint(tmp_path)["state_dict"]) == names
+    losses(run_main(images, "--epochs", 2, "--seed", 1, "--resume", "auto", cwd=tmp_path))  # goes on without it
