@@ -156,17 +156,18 @@ def torment(arguments, data, folder, processes, level, rng):
     line = command(arguments, data, broken, processes, level)
     shared = set(os.listdir("/dev/shm"))
     while stops < arguments.kills:
+        began = len(log_of(broken)) if (broken / "log.txt").exists() else 0
         run = start(line, broken)
         try:
             status = run.wait(timeout=rng.uniform(0.1, 0.9 * length))
         except subprocess.TimeoutExpired:
-            before = len(log_of(broken))
+            training = "Epoch:" in log_of(broken)[began:]
             took = stop(run, broken, signum, rng, arguments.rank)
             if took is None:
                 continue
             stops, longest, left = stops + 1, max(longest, took), left + len(processes_of(broken))
-            ended = run.returncode == 0 and "Result:" in log_of(broken)[before:]  # the signal came too late for it
-            if run.returncode not in (-signum, 128 + signum) and not ended and "Epoch:" in log_of(broken)[:before]:
+            ended = run.returncode == 0 and "Result:" in log_of(broken)[began:]  # the signal came too late for it
+            if run.returncode not in (-signum, 128 + signum) and not ended and training:
                 problems.append("status {}".format(run.returncode))
         else:
             if status:
