@@ -1127,9 +1127,12 @@ def choose_depthwise(checkpoint):
     """Whether to train through ``bfloat16_depthwise``: as the interrupted run did, or else where it is faster than
     oneDNN's own way. Both are timed on a small convolution (20 ms); where the CPU has bfloat16 instructions the two
     differ several times."""
-    able = hasattr(torch.ops.aten, "convolution_backward")
-    if not able or checkpoint.get("own_depthwise") is not None:
-        return able and checkpoint["own_depthwise"]
+    try:
+        torch.ops.aten.convolution_backward
+    except (AttributeError, RuntimeError):  # before torch 1.11
+        return False
+    if checkpoint.get("own_depthwise") is not None:
+        return checkpoint["own_depthwise"]
     conv = torch.nn.Conv2d(64, 64, 5, 2, 2, groups=64, bias=False).bfloat16()
     images = torch.zeros(4, 64, 28, 28, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
     best = []

@@ -180,8 +180,8 @@ def test_the_shape_of_1_5(npu, images, tmp_path):
     assert labels == [["torch.int32", "npu:0"]] and optimizer == ["NpuFusedSGD"]
     assert calls[0] == ["combine_grad", {"value": True}] and [name for name, _ in calls[1:]] == [
         "initialize", "scale_loss", "scale_loss"]
-    refused = drive(alone, OLD.format(unit=str(UNIT), arguments=arguments + ["--amp-backend", "native"]), cwd=tmp_path)
-    assert refused[0][0] == 1  # no autocast: nothing to run O1 with
+    native = drive(alone, OLD.format(unit=str(UNIT), arguments=arguments + ["--amp-backend", "native"]), cwd=tmp_path)
+    assert native[0][0] == 1  # no autocast: nothing to run O1 with
 
 
 # Eight cards, through the launch scripts
