@@ -348,15 +348,34 @@ def die_with_parent(signum):
         ctypes.CDLL(None).prctl(1, int(signum))
 
 
-def keep_freed_memory():
-    """Tells glibc to keep freed blocks: a step on the CPU takes and frees hundreds of MB, and getting them back from
-    the kernel page by page took more time than the arithmetic. False where the C library is another."""
+def keep_freed_memory(processes):
+    """Has glibc keep freed blocks, in pages of 2 MB. A step on the CPU takes and frees hundreds of MB: getting them back
+    from the kernel page by page made it 1.4 times as long, small pages made it 1.1 times as long.
+
+    Args:
+        processes: how many share this machine's memory.
+
+    Returns whether it does: not where the C library is another.
+    """
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        libc = ctypes.CDLL("libc.so.6")
+        mallopt, malloc, madvise, free = libc.mallopt, libc.malloc, libc.madvise, libc.free
     except (OSError, AttributeError):
         return False
-    trim_threshold, mmap_max = -1, -4  # from malloc.h
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2 ** 31 - 1))
+    trim_threshold, mmap_max, huge_page = -1, -4, 14  # from malloc.h and mman.h
+    if not (mallopt(mmap_max, 0) and mallopt(trim_threshold, -1)):
+        return False
+    # The heap grows to what a large batch may take: addresses only, the pages come when they are written to. Where it
+    # can't, or the kernel has no large pages, it stays as it is.
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // processes
+    malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    madvise.argtypes, free.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], [ctypes.c_void_p]
+    block, page = malloc(size), 2 ** 21
+    if block:
+        first = -(-block // page) * page
+        madvise(first, (block + size - first) // page * page, huge_page)
+        free(block)
+    return True
 
 
 class Team:
@@ -1145,6 +1164,14 @@ def choose_depthwise(checkpoint):
             seconds.append(time.perf_counter() - begin)
         best.append(min(seconds))
     return best[0] > 1.5 * best[1]
+
+
+def replace_relu(model):
+    """Has ReLU compute as LeakyReLU of slope 0, which gives the same numbers, NaN included. In place on bfloat16 images
+    on the CPU it takes a third of the time (64 x 72 x 56 x 56: 3 ms, not 10), 6 % of a training step."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.forward = functools.partial(F.leaky_relu_, negative_slope=0.0)
 
 
 def fold_batchnorm(model):
@@ -1977,7 +2004,7 @@ def describe_speed(runtime, memory_kept, own_depthwise):
     kind = runtime.kind
     levers = [
         ("channels_last", runtime.channels_last if kind.channels_last else None),
-        ("freed memory kept", memory_kept),
+        ("freed memory kept in large pages", memory_kept),
         ("own bfloat16 depthwise gradients", own_depthwise),
         ("torchvision's JPEG decoder", fast_decoder() is not None),
         ("lasting loader processes", accepts(torch.utils.data.DataLoader.__init__, "persistent_workers")),
@@ -2013,12 +2040,14 @@ def work(flags, runtime, team, notes):
         log.line("=> weights of {}".format(load_pretrained(model, flags)))
     if checkpoint:
         load_weights(model, checkpoint, path)
+    if precision.bfloat16:
+        replace_relu(model)
     own_depthwise = None
     if precision.bfloat16 and not flags.evaluate:  # timed once for all: the other way's roundings are others
         own_depthwise = bool(team.first(choose_depthwise(checkpoint or {})))
         if own_depthwise:
             replace_depthwise(model, bfloat16_depthwise)
-    memory_kept = keep_freed_memory() if runtime.kind.name == "cpu" else None
+    memory_kept = keep_freed_memory(runtime.local_size) if runtime.kind.name == "cpu" else None
     log.line(describe_speed(runtime, memory_kept, own_depthwise))
     parameters = precision.prepare(model)
     loader = make_loader(ImageBatches(val_images, flags, seed, train=False), BatchOrder(len(val_images), batch, runtime),

@@ -84,7 +84,7 @@ def usual_loop(flags):
 # How main.py is kept from using each of its levers; for what they are, see there.
 WITHOUT = {
     "channels_last": "import main; main.keeps_channels_last = lambda kind: False",
-    "freed memory kept": "import main; main.keep_freed_memory = lambda: False",
+    "freed memory kept": "import main; main.keep_freed_memory = lambda processes: False",
     "own depthwise": "import main; main.choose_depthwise = lambda checkpoint: False",
     "fast decoder": "import main; main.fast_decoder = lambda: None",
     "short spinning": "os.environ['GOMP_SPINCOUNT'] = '300000'; import main",  # libgomp's own

@@ -66,6 +66,16 @@ def test_bfloat16_depthwise_has_the_gradients_of_float64(kernel, stride, side):
         assert ours.dtype == torch.bfloat16 and (ours.double() - theirs).abs().max() < 0.02 * theirs.abs().max()
 
 
+def test_the_other_relu_has_the_numbers_of_relu():
+    model = torch.nn.Sequential(torch.nn.ReLU(inplace=True))
+    main.replace_relu(model)
+    images = torch.tensor([-2.0, -0.0, 0.0, 3.0, float("nan"), float("inf")], requires_grad=True)
+    found, expected = model(images * 1), torch.relu(images)
+    assert found.tolist()[:4] == expected.tolist()[:4] and torch.isnan(found[4]) and found[5] == float("inf")
+    toward = torch.tensor([5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
+    assert [torch.autograd.grad(f, images, toward)[0].tolist()[:4] for f in (found, expected)] == [[0, 0, 0, 8]] * 2
+
+
 @pytest.mark.parametrize("side", [7, 8])
 def test_depthwise_convolutions_have_the_gradients_of_float64(side):
     runtime = main.Runtime(main.KINDS["cpu"], torch.device("cpu"))
