@@ -959,12 +959,13 @@ class BatchOrder(torch.utils.data.Sampler):
 
     def __len__(self):
         """Steps that all processes take together; in evaluation some may have nothing left for the last."""
-        return (self.count - self.first) // self.total if self.seed is not None else -(-self.count // self.total)
+        left = self.count - self.first
+        return left // self.total if self.seed is not None else -(-left // self.total)
 
     def __iter__(self):
         rank, world, size = self.runtime.rank, self.runtime.world_size, self.batch_size
         if self.seed is None:
-            mine = np.arange(rank, self.count, world)
+            mine = np.arange(self.first + rank, self.count, world)
             for first in range(0, len(mine), size):
                 yield self.epoch, mine[first:first + size]
             return
@@ -993,7 +994,14 @@ def make_loader(batches, order, workers, runtime):
     options = {"num_workers": workers, "pin_memory": runtime.kind.name != "cpu"}
     if workers and accepts(torch.utils.data.DataLoader.__init__, "persistent_workers"):
         options["persistent_workers"] = True
-    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=order, worker_init_fn=quiet_worker, **options)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=order, worker_init_fn=quiet_worker, **options)
+    if "persistent_workers" in options:
+        # Starts the processes now, with nothing to fetch yet. After the first steps they would be born with the memory
+        # of these, which would then be there twice, and no longer in large pages (Linux copies it piece by piece).
+        order.first = order.count
+        iter(loader)
+        order.first = 0
+    return loader
 
 
 def open_folder(flags, name):
