@@ -1593,14 +1593,14 @@ def describe_unpickling(error):
 
 
 def find_checkpoint(flags):
-    """(checkpoint, its path) that --resume asks for: of 'auto' the newest good one in --output-dir; (None, None)
+    """(checkpoint, its path) that --resume asks for: of 'auto' the newest good one in --output-dir; ({}, None)
     where none is asked for or there is none.
 
     Raises:
         Fault: the file can't be used, or for 'auto' there are some, and all are damaged.
     """
     if flags.resume != "auto":
-        return (read_checkpoint(flags.resume), flags.resume) if flags.resume else (None, None)
+        return (read_checkpoint(flags.resume), flags.resume) if flags.resume else ({}, None)
     paths = [path for path in (checkpoint_path(flags, age) for age in range(100)) if os.path.exists(path)]
     faults = []
     for path in paths:
@@ -1611,7 +1611,7 @@ def find_checkpoint(flags):
             print("=> {}; trying the one before".format(fault), file=sys.stderr, flush=True)
     if faults:
         raise Fault("--resume auto: none of {} can be used; remove them to start anew".format(", ".join(paths)))
-    return None, None
+    return {}, None
 
 
 def load_weights(model, checkpoint, path, new_classifier=False):
@@ -2012,7 +2012,7 @@ def describe_speed(runtime, memory_kept, own_depthwise):
     kind = runtime.kind
     levers = [
         ("channels_last", runtime.channels_last if kind.channels_last else None),
-        ("freed memory kept in large pages", memory_kept),
+        ("freed memory kept", memory_kept),
         ("own bfloat16 depthwise gradients", own_depthwise),
         ("torchvision's JPEG decoder", fast_decoder() is not None),
         ("lasting loader processes", accepts(torch.utils.data.DataLoader.__init__, "persistent_workers")),
@@ -2026,7 +2026,7 @@ def work(flags, runtime, team, notes):
     """What a process does from meeting the others to the result."""
     log = Log(flags, runtime)
     checkpoint, path = find_checkpoint(flags)
-    seed = int(team.first(choose_seed(flags, checkpoint or {})))
+    seed = int(team.first(choose_seed(flags, checkpoint)))
     if flags.seed is not None:
         make_deterministic()
     elif runtime.module:
@@ -2052,7 +2052,7 @@ def work(flags, runtime, team, notes):
         replace_relu(model)
     own_depthwise = None
     if precision.bfloat16 and not flags.evaluate:  # timed once for all: the other way's roundings are others
-        own_depthwise = bool(team.first(choose_depthwise(checkpoint or {})))
+        own_depthwise = bool(team.first(choose_depthwise(checkpoint)))
         if own_depthwise:
             replace_depthwise(model, bfloat16_depthwise)
     memory_kept = keep_freed_memory(runtime.local_size) if runtime.kind.name == "cpu" else None

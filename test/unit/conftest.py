@@ -32,11 +32,10 @@ def run_main(*arguments, cwd, small=True, after=(), timeout=300, **environment):
 
 def torchrun(processes, restarts=0):
     """The start of a command line under torch's own launcher; before torch 1.9 it had another name, and no restarts."""
-    if importlib.util.find_spec("torch.distributed.run") is None:
-        return [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", str(processes), "--master_port",
-                str(free_port()), str(ROOT / "main.py")]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--max-restarts",
-            str(restarts), "--master_port", str(free_port()), str(ROOT / "main.py")]
+    new = importlib.util.find_spec("torch.distributed.run") is not None
+    command = [sys.executable, "-m", "torch.distributed." + ("run" if new else "launch"), "--nproc_per_node",
+               str(processes), "--master_port", str(free_port())]
+    return command + (["--max-restarts", str(restarts)] if new else []) + [str(ROOT / "main.py")]
 
 
 def checkpoint(folder, name="checkpoint.pth.tar"):
@@ -55,6 +54,14 @@ def the_error(result, status=1):
     assert result.returncode == status, result.stderr + result.stdout
     assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
     return lines[0]
+
+
+def refused(npu, cwd):
+    """Whether there is no npu, not even the stand-in, which needs torch 2.14: then a run has to be refused in one line."""
+    if npu is None:
+        error = the_error(run_main("--synthetic", 16, cwd=cwd, after=["--device", "npu"]))
+        assert "--device npu is not there" in error
+    return npu is None
 
 
 @pytest.fixture(scope="session")

@@ -11,21 +11,13 @@ import pytest
 import torch
 
 import main
-from conftest import ROOT, SMALL, UNIT, checkpoint, run_main, the_error
+from conftest import ROOT, SMALL, UNIT, checkpoint, refused, run_main, the_error
 from test_scripts import TINY, clone  # noqa: F401 (a fixture)
 
 RUN = SMALL[2:] + ["-b", "16", "--device", "npu"]
 EIGHT = "0,1,2,3,4,5,6,7"
 # Fewer operators than one training step of mnasnet0_5 has, forward and backward. Copies are not counted.
 STEP = 350
-
-
-def refused(npu, cwd):
-    """Whether there is no npu, not even the stand-in, which needs torch 2.14: then a run has to be refused in one line."""
-    if npu is None:
-        error = the_error(run_main("--synthetic", 16, *RUN, cwd=cwd, small=False))
-        assert "--device npu is not there" in error
-    return npu is None
 
 
 def drive(npu, code, cwd, **variables):
