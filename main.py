@@ -1518,9 +1518,14 @@ def write_file(content, path, older=()):
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        good = [p for p in [path] + list(older) if os.path.exists(p)]
-        raise Fault("can't write {}: {}. {}".format(path, first_line(error), "The last good one is {}".format(
-            good[0]) if good else "Give another --output-dir or make room"))
+        raise Fault("can't write {}: {}; {}. Make room, or give another --output-dir".format(
+            path, first_line(error), last_good(os.path.dirname(path))))
+
+
+def last_good(folder):
+    """What to go on from after a fault, in words."""
+    path = os.path.join(folder, "checkpoint.pth.tar")
+    return "the last good checkpoint is " + path if os.path.exists(path) else "there is no checkpoint yet"
 
 
 def link_or_move(source, target):
@@ -1851,13 +1856,11 @@ class Meter:
             finite = math.isfinite(figures[0])
             self.overflows = 0 if finite else self.overflows + 1
             if not finite and (not scales or self.overflows >= OVERFLOWS):
-                good = checkpoint_path(self.run.flags)
                 raise Fault("the loss is {} at epoch {} step {} (lr {:.6g}){}; {}. Try a lower --lr or a longer "
                             "--warmup".format(
                                 figures[0], self.run.progress.epoch, step, lr,
                                 ", as in the {} steps before it".format(OVERFLOWS - 1) if scales else "",
-                                "the last good checkpoint is " + good if os.path.exists(good) else
-                                "there is no checkpoint yet"))
+                                last_good(self.run.flags.output_dir)))
             for place, value in enumerate(figures + [1]):
                 sums[place] += value if finite or place else 0.0
         self.unread = []

@@ -176,7 +176,7 @@ def test_a_full_disk(images, one_epoch, tmp_path):
                             universal_newlines=True,
                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, 2 ** 20)))
     error = the_error(result)
-    assert "can't write" in error and "The last good one is ./checkpoint.pth.tar" in error
+    assert "can't write" in error and "the last good checkpoint is ./checkpoint.pth.tar" in error
     assert (folder / "checkpoint.pth.tar").read_bytes() == before and not list(folder.glob("*.tmp"))
     assert go_on(folder, images).returncode == 0
 
@@ -199,11 +199,11 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_fills_up(images, one_epoch, small_disk, tmp_path):
     disk, resize = small_disk
-    shutil.copy(str(one_epoch / "checkpoint-1.pth.tar"), str(disk / "checkpoint.pth.tar"))
+    shutil.copy(str(one_epoch / "checkpoint.pth.tar"), str(disk))
     size = (disk / "checkpoint.pth.tar").stat().st_size
     assert resize(size * 3 // 2) == 0  # room for half a checkpoint beside it
     error = the_error(go_on(disk, images))
-    assert "No space left" in error and "The last good one is ./checkpoint.pth.tar" in error
+    assert "No space left" in error and "the last good checkpoint is ./checkpoint.pth.tar" in error
     assert sorted(path.name for path in disk.iterdir()) == ["checkpoint.pth.tar", "metrics.csv"]
     assert resize(size * 9) == 0
     shutil.copytree(str(disk), str(tmp_path / "roomy"))
