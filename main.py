@@ -74,7 +74,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, "main.py: error: {} (--help lists every flag)\n".format(message))
+        self.exit(2, f"main.py: error: {message} (--help lists every flag)\n")
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -87,10 +87,8 @@ def number(kind, low, high=math.inf, above=False):
             value = math.nan
         if (value > low if above else value >= low) and value <= high and value != math.inf:
             return value
-        bounds = "{} {}{}".format("above" if above else "of at least", low, "" if high == math.inf else
-                                  " and at most {}".format(high))
-        raise argparse.ArgumentTypeError("found {!r}, expected {} {}".format(
-            text, "a whole number" if kind is int else "a number", bounds))
+        bounds = f"{'above' if above else 'of at least'} {low}{('' if high == math.inf else f' and at most {high}')}"
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected {'a whole number' if kind is int else 'a number'} {bounds}")
 
     return convert
 
@@ -99,7 +97,7 @@ def cards(text):
     """An argparse type: '0,1,3' as a list of different card numbers."""
     numbers = text.split(",") if text else []
     if not all(n.strip().isdigit() for n in numbers) or len({int(n) for n in numbers}) < len(numbers):
-        raise argparse.ArgumentTypeError("found {!r}, expected different card numbers such as 0,1,2,3".format(text))
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected different card numbers such as 0,1,2,3")
     return [int(n) for n in numbers]
 
 
@@ -186,15 +184,14 @@ def parse_args(argv=None):
     if flags.data is None and not flags.synthetic:
         parser.error("no data folder: give one with train/ and val/ in it, or --synthetic N")
     if flags.val_crop_size > flags.val_resize_size:
-        parser.error("--val-crop-size {} is larger than --val-resize-size {}: it must fit in it".format(
-            flags.val_crop_size, flags.val_resize_size))
+        parser.error(f"--val-crop-size {flags.val_crop_size} is larger than --val-resize-size {flags.val_resize_size}: it must fit in it")
     if flags.weights and not flags.pretrained:
         parser.error("--weights FILE does nothing alone: add --pretrained (or --resume FILE to go on from a checkpoint)")
     if flags.evaluate and not (flags.resume or flags.pretrained):
         parser.error("-e has no model: give --resume FILE or --pretrained")
     flags.nodes, flags.node_rank = max(1, flags.world_size), max(0, flags.rank)
     if flags.node_rank >= flags.nodes:
-        parser.error("--rank {} is this node's number and must be below --world-size {}".format(flags.rank, flags.nodes))
+        parser.error(f"--rank {flags.rank} is this node's number and must be below --world-size {flags.nodes}")
     return flags
 
 
@@ -256,10 +253,10 @@ def cards_present(kind):
         try:
             importlib.import_module("torch_npu")
         except ImportError as error:
-            return 0, "torch_npu does not import ({})".format(first_line(error))
+            return 0, f"torch_npu does not import ({first_line(error)})"
     module = getattr(torch, kind.module, None)
     count = module.device_count() if module is not None and module.is_available() else 0
-    return count, "" if count else "torch.{} finds no card".format(kind.module)
+    return count, "" if count else f"torch.{kind.module} finds no card"
 
 
 def choose_kind(flags):
@@ -275,10 +272,9 @@ def choose_kind(flags):
         if count and (kind.name == "cpu" or max(wanted) < count):
             return kind, reasons
         if count:
-            raise Fault("--device-list names card {}, and this machine has {} {} card(s): give --device-list {}".format(
-                max(wanted), count, kind.name, ",".join(map(str, range(count)))))
-        reasons.append("{}: {}".format(kind.name, why))
-    raise Fault("--device {} is not there: {}. Give a device that this machine has".format(flags.device, why))
+            raise Fault(f"--device-list names card {max(wanted)}, and this machine has {count} {kind.name} card(s): give --device-list {','.join(map(str, range(count)))}")
+        reasons.append(f"{kind.name}: {why}")
+    raise Fault(f"--device {flags.device} is not there: {why}. Give a device that this machine has")
 
 
 def open_device(flags, kind):
@@ -293,18 +289,16 @@ def open_device(flags, kind):
         local_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
     else:
         if len(listed) > 1:
-            raise Fault("--device-list names {} cards for one process: add --multiprocessing-distributed".format(
-                len(listed)))
+            raise Fault(f"--device-list names {len(listed)} cards for one process: add --multiprocessing-distributed")
         rank, world_size, local_rank, local_size = 0, 1, 0, 1
     if listed and local_rank >= len(listed):
-        raise Fault("local rank {} has no card: --device-list names {}".format(local_rank, len(listed)))
+        raise Fault(f"local rank {local_rank} has no card: --device-list names {len(listed)}")
     card = listed[local_rank] if listed else flags.npu if flags.npu is not None else local_rank
     runtime = Runtime(kind, torch.device(kind.module or "cpu", card if kind.module else None),
                       rank, local_rank, world_size, local_size, kind.channels_last and keeps_channels_last(kind))
     if kind.module:
         if card >= runtime.module.device_count():
-            raise Fault("{} card {} is not there: this machine has {}".format(
-                kind.name, card, runtime.module.device_count()))
+            raise Fault(f"{kind.name} card {card} is not there: this machine has {runtime.module.device_count()}")
         runtime.module.set_device(runtime.device)
         if hasattr(torch, "set_float32_matmul_precision"):
             torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, as convolutions have by default
@@ -395,10 +389,9 @@ class Team:
             dist.init_process_group(backend, store=self.store, rank=runtime.rank, world_size=self.size, timeout=limit)
             self.group = dist.new_group(backend="gloo", timeout=limit)
         except (RuntimeError, ValueError) as error:
-            raise Fault("rank {} of {} found no others at {} within {:g} s ({}): start all of them, with the same "
-                        "address".format(runtime.rank, self.size, where, self.timeout, first_line(error)))
+            raise Fault(f"rank {runtime.rank} of {self.size} found no others at {where} within {self.timeout:g} s ({first_line(error)}): start all of them, with the same address")
         if runtime.is_main:
-            print("=> {} processes met at {}, collectives over {}".format(self.size, where, backend), flush=True)
+            print(f"=> {self.size} processes met at {where}, collectives over {backend}", flush=True)
 
     def listen(self):
         """From here on a signal is a request to save and end."""
@@ -443,14 +436,12 @@ class Team:
     def lost(self, error):
         """The Fault that names the processes which no longer answer: all others sign the store, those don't."""
         try:
-            self.store.add("lost/{}".format(self.runtime.rank), 1)
+            self.store.add(f"lost/{self.runtime.rank}", 1)
             time.sleep(min(3.0, self.timeout))
-            silent = [r for r in range(self.size) if not self.store.add("lost/{}".format(r), 0)]
+            silent = [r for r in range(self.size) if not self.store.add(f"lost/{r}", 0)]
         except RuntimeError:
             silent = [0]  # its process holds the store
-        return Fault("{} gone or stuck, no answer ({}). See its output; --resume auto goes on from the last "
-                     "checkpoint".format("rank " + ", rank ".join(map(str, silent)) if silent else "another rank",
-                                         first_line(error)))
+        return Fault(f"{'rank ' + ', rank '.join(map(str, silent)) if silent else 'another rank'} gone or stuck, no answer ({first_line(error)}). See its output; --resume auto goes on from the last checkpoint")
 
     def speaks_first(self):
         """Whether this process is the first to report a fault; the others would only repeat it."""
@@ -480,14 +471,14 @@ def meeting_point(flags, runtime, limit):
     else:
         host, _, port = url[len("tcp://"):].rpartition(":")
     if not (host and port.isdigit() and (url == "env://" or url.startswith("tcp://"))):
-        raise Fault("--dist-url {!r} is no address: expected tcp://HOST:PORT, file:///PATH or env://".format(url))
-    where, hosts = "tcp://{}:{}".format(host, port), runtime.is_main and not torchrun
+        raise Fault(f"--dist-url {url!r} is no address: expected tcp://HOST:PORT, file:///PATH or env://")
+    where, hosts = f"tcp://{host}:{port}", runtime.is_main and not torchrun
     options = {}
     if hosts and runtime.local_size == runtime.world_size and accepts(dist.TCPStore.__init__, "master_listen_fd"):
         try:  # torch itself would listen on every interface
             options["master_listen_fd"] = loopback_socket(int(port))
         except OSError as error:
-            raise Fault("port {} can't be used ({}): give another in --dist-url or MASTER_PORT".format(port, error))
+            raise Fault(f"port {port} can't be used ({error}): give another in --dist-url or MASTER_PORT")
     if accepts(dist.TCPStore.__init__, "wait_for_workers"):
         options["wait_for_workers"] = False  # init_process_group waits, and with a better message
     try:
@@ -496,8 +487,7 @@ def meeting_point(flags, runtime, limit):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return dist.PrefixStore("attempt" + attempt, store), where
     except (RuntimeError, ValueError) as error:
-        raise Fault("no meeting at {} within {:g} s ({}): are all processes started, is the port free, does "
-                    "rank 0 run on that host?".format(where, flags.dist_timeout, first_line(error)))
+        raise Fault(f"no meeting at {where} within {flags.dist_timeout:g} s ({first_line(error)}): are all processes started, is the port free, does rank 0 run on that host?")
 
 
 def loopback_socket(port):
@@ -539,9 +529,7 @@ class Precision:
             return
         autocast = find_autocast(kind, self.dtype)
         if autocast is None:
-            raise Fault("--opt-level {} on {} needs torch's own autocast there, which torch {} lacks: use "
-                        "--opt-level O0{}".format(self.level, kind.name, torch.__version__, "" if kind.name == "cpu"
-                                                  else ", or install an apex that has amp"))
+            raise Fault(f"--opt-level {self.level} on {kind.name} needs torch's own autocast there, which torch {torch.__version__} lacks: use --opt-level O0{'' if kind.name == 'cpu' else ', or install an apex that has amp'}")
         if self.level == "O1":
             self.autocast = autocast
         if self.dtype == torch.float16:
@@ -549,12 +537,13 @@ class Precision:
             self.scaler = find_scaler(kind)(init_scale=scale)
 
     def __str__(self):
-        how = "fp32" if self.level == "O0" else "apex" if self.apex else "native, {}".format(str(self.dtype)[6:])
-        return "{} ({})".format(self.level, how)
+        how = "fp32" if self.level == "O0" else "apex" if self.apex else f"native, {str(self.dtype)[6:]}"
+        return f"{self.level} ({how})"
 
     @property
-    def bfloat16(self):
-        return self.level != "O0" and self.dtype == torch.bfloat16
+    def conv_dtype(self):
+        """What convolutions compute in."""
+        return torch.float32 if self.level == "O0" else self.dtype
 
     @property
     def scales(self):
@@ -690,11 +679,10 @@ def class_names(root):
         Fault: the folder is missing, or holds no folders.
     """
     if not os.path.isdir(root):
-        raise Fault("no folder {!r}: the data folder needs train/ and val/, with one folder a class in each".format(
-            root))
+        raise Fault(f"no folder {root!r}: the data folder needs train/ and val/, with one folder a class in each")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if not classes:
-        raise Fault("{!r} holds no folders: expected one folder of images a class".format(root))
+        raise Fault(f"{root!r} holds no folders: expected one folder of images a class")
     return classes
 
 
@@ -713,8 +701,7 @@ def scan(root, classes):
             inside = os.path.relpath(folder, root)
             paths += [os.fsencode(os.path.join(inside, f)) for f in sorted(files) if f.lower().endswith(EXTENSIONS)]
         if len(paths) == len(labels):
-            raise Fault("class folder {!r} holds no image ({}): add some or remove it".format(
-                os.path.join(root, name), " ".join(EXTENSIONS)))
+            raise Fault(f"class folder {os.path.join(root, name)!r} holds no image ({' '.join(EXTENSIONS)}): add some or remove it")
         labels += [label] * (len(paths) - len(labels))
     # One block each, not a million objects: a worker shares the pages it only reads.
     folders = [os.fsencode(folder) for folder in folders]
@@ -771,7 +758,7 @@ class Synthetic:
     """N images of noise, for measuring without data; the same ones every time."""
 
     def __init__(self, count):
-        self.classes = ["{:04d}".format(label) for label in range(SYNTHETIC_CLASSES)]
+        self.classes = [f"{label:04d}" for label in range(SYNTHETIC_CLASSES)]
         self.labels = np.arange(count) % SYNTHETIC_CLASSES
 
     def __len__(self):
@@ -834,7 +821,7 @@ def read_image(path, plan, size):
     except (OSError, ValueError):
         raise
     except Exception as error:  # Pillow's plugins raise SyntaxError, struct.error, IndexError, ... on broken files
-        raise ValueError("{}: {}".format(type(error).__name__, first_line(error)))
+        raise ValueError(f"{type(error).__name__}: {first_line(error)}")
 
 
 @functools.lru_cache(None)
@@ -940,8 +927,7 @@ class ImageBatches(torch.utils.data.Dataset):
         for other in self.images.substitute(index):
             with contextlib.suppress(OSError, ValueError):
                 return self.load(epoch, other)
-        raise Fault("no image of class {!r} can be read: {}".format(
-            self.images.classes[self.images.labels[index]], self.images.path(index)))
+        raise Fault(f"no image of class {self.images.classes[self.images.labels[index]]!r} can be read: {self.images.path(index)}")
 
 
 class BatchOrder(torch.utils.data.Sampler):
@@ -1005,7 +991,7 @@ def make_loader(batches, order, workers, runtime):
 
 
 def open_folder(flags, name):
-    return Folder(os.path.join(flags.data, name), os.path.join(flags.output_dir, "index-{}.npz".format(name)))
+    return Folder(os.path.join(flags.data, name), os.path.join(flags.output_dir, f"index-{name}.npz"))
 
 
 def open_images(flags):
@@ -1019,8 +1005,7 @@ def open_images(flags):
     train, val = (class_names(os.path.join(flags.data, name)) for name in ("train", "val"))
     if train != val:
         odd = sorted(set(train) ^ set(val))
-        raise Fault("train/ has {} classes and val/ {}, which must be the same: {!r} is only in one of them".format(
-            len(train), len(val), odd[0]))
+        raise Fault(f"train/ has {len(train)} classes and val/ {len(val)}, which must be the same: {odd[0]!r} is only in one of them")
     val = open_folder(flags, "val")
     train = None if flags.evaluate else open_folder(flags, "train")
     return train, val
@@ -1069,11 +1054,17 @@ def to_device(loader, runtime, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_model(flags, runtime, num_classes):
+def build_model(flags, runtime, num_classes, dtype=torch.float32):
+    """The network on its device; ``dtype`` is what its convolutions are to compute in."""
     model = getattr(mnasnet, flags.arch)(num_classes=num_classes, dropout=flags.dropout,
                                         bn_momentum=flags.bn_momentum)
-    if runtime.kind.name == "cpu" and pads_wrongly():
-        replace_depthwise(model, padded_depthwise)
+    if runtime.kind.name == "cpu":
+        if pads_wrongly():
+            replace_depthwise(model, padded_depthwise)
+        elif has_fast_depthwise(dtype):
+            replace_depthwise(model, functools.partial(fast_depthwise, dtype))
+        if dtype == torch.bfloat16:
+            replace_relu(model)
     model = model.to(runtime.device)
     return model.to(memory_format=torch.channels_last) if runtime.channels_last else model
 
@@ -1103,12 +1094,12 @@ def padded_depthwise(conv, images):
                                     conv.stride, conv.dilation, conv.groups)
 
 
-class Bfloat16Depthwise(torch.autograd.Function):
-    """A depthwise convolution of bfloat16 images [N, C, H, W] and weights [C, 1, K, K] on the CPU.
+class FastDepthwise(torch.autograd.Function):
+    """A depthwise convolution of images [N, C, H, W] and weights [C, 1, K, K] on the CPU, in bfloat16 or fp32.
 
-    oneDNN has no fast bfloat16 kernel for two of its gradients, which are computed in another way here: that of the
-    images at stride 2 in fp32, and that of 5x5 weights as two of 5x3 weights. A step (224 px, batch 64, one thread) took
-    3.1 s, with oneDNN's own gradients 5.7 s, in fp32 4.3 s.
+    oneDNN has no fast kernel for some of its gradients, which are computed in another way here: that of 5x5 weights as
+    two of 5x3 weights (in fp32 at stride 1 only), and that of bfloat16 images at stride 2 in fp32. A step (224 px, batch
+    64) took in bfloat16 0.49 times as long as with oneDNN's own gradients, in fp32 0.97 times.
     """
 
     @staticmethod
@@ -1121,18 +1112,19 @@ class Bfloat16Depthwise(torch.autograd.Function):
     def backward(ctx, toward):
         (images, weight), stride, padding = ctx.saved_tensors, ctx.stride, ctx.padding
         toward = toward.contiguous(memory_format=torch.channels_last)  # a mean's gradient comes in a slow layout
+        low = images.dtype == torch.bfloat16
 
         def gradient(which, toward, images, weight, padding):
             return torch.ops.aten.convolution_backward(
                 toward, images, weight, None, stride, padding, [1, 1], False, [0, 0], len(weight),
                 [which == 0, which == 1, False])[which]
 
-        if stride[0] == 1:
-            of_images = gradient(0, toward, images, weight, padding)
-        else:
+        if low and stride[0] > 1:
             shape = torch.empty_like(images, dtype=torch.float32)  # not read
             of_images = gradient(0, toward.float(), shape, weight.float(), padding).to(images.dtype)
-        if weight.shape[3] == 3:
+        else:
+            of_images = gradient(0, toward, images, weight, padding)
+        if weight.shape[3] == 3 or (stride[0] > 1 and not low):
             return of_images, gradient(1, toward, images, weight, padding), None, None
         of_weight = torch.empty_like(weight)
         reach = stride[1] * (toward.shape[3] - 1) + 3  # columns of the padded images that a kernel 3 wide meets
@@ -1143,35 +1135,21 @@ class Bfloat16Depthwise(torch.autograd.Function):
         return of_images, of_weight, None, None
 
 
-def bfloat16_depthwise(conv, images):
-    """``conv`` through ``Bfloat16Depthwise``, under autocast too."""
+def fast_depthwise(dtype, conv, images):
+    """``conv`` in ``dtype``, which is autocast's or the model's own, with the gradients of ``FastDepthwise``."""
     if not torch.is_grad_enabled():
         return F.conv2d(images, conv.weight, conv.bias, conv.stride, conv.padding, 1, conv.groups)
-    return Bfloat16Depthwise.apply(images.bfloat16(), conv.weight.bfloat16(), conv.stride, conv.padding)
+    return FastDepthwise.apply(images.to(dtype), conv.weight.to(dtype), conv.stride, conv.padding)
 
 
-def choose_depthwise(checkpoint):
-    """Whether to train through ``bfloat16_depthwise``: as the interrupted run did, or else where it is faster than
-    oneDNN's own way. Both are timed on a small convolution (20 ms); where the CPU has bfloat16 instructions the two
-    differ several times."""
+def has_fast_depthwise(dtype):
+    """Whether ``fast_depthwise`` is of use: this torch can ask for one gradient alone (1.11 and later), and the CPU
+    computes in ``dtype``. Not timed: two runs of one seed could then differ."""
     try:
         torch.ops.aten.convolution_backward
-    except (AttributeError, RuntimeError):  # before torch 1.11
+        return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):
         return False
-    if checkpoint.get("own_depthwise") is not None:
-        return checkpoint["own_depthwise"]
-    conv = torch.nn.Conv2d(64, 64, 5, 2, 2, groups=64, bias=False).bfloat16()
-    images = torch.zeros(4, 64, 28, 28, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
-    best = []
-    for forward in (conv, functools.partial(bfloat16_depthwise, conv)):
-        seconds = []
-        for _ in range(4):
-            result = forward(images)
-            begin = time.perf_counter()
-            result.backward(torch.zeros_like(result))
-            seconds.append(time.perf_counter() - begin)
-        best.append(min(seconds))
-    return best[0] > 1.5 * best[1]
 
 
 def replace_relu(model):
@@ -1213,7 +1191,7 @@ def wrap_for_training(model, flags, runtime, precision):
     """``model``, or where there are several processes a DistributedDataParallel around it; compiled if asked for."""
     if flags.compile:
         if not hasattr(torch, "compile"):
-            raise Fault("--compile needs torch 2.0 or later, this is torch {}: leave it out".format(torch.__version__))
+            raise Fault(f"--compile needs torch 2.0 or later, this is torch {torch.__version__}: leave it out")
         return torch.compile(distribute(model, runtime, precision))
     return distribute(model, runtime, precision)
 
@@ -1335,7 +1313,6 @@ class Run:
     optimizer: torch.optim.Optimizer = None
     train_loader: torch.utils.data.DataLoader = None
     seed: int = 0
-    own_depthwise: bool = None  # whether training computes through bfloat16_depthwise; None in other precisions
     steady_images: int = 0  # by this start of the run, first steps left out; with the seconds they took
     steady_seconds: float = 0.0
 
@@ -1423,10 +1400,9 @@ def evaluate(run):
                 100 * top1 / seen, 100 * top5 / seen))
     loss, top1, top5, seen, readable = team.sum(sums.tolist() + [seen, readable])
     if seen != order.count:
-        raise Fault("evaluated {:.0f} images of {}: this is a bug, please report it".format(seen, order.count))
+        raise Fault(f"evaluated {seen:.0f} images of {order.count}: this is a bug, please report it")
     acc1, acc5 = 100 * top1 / seen, 100 * top5 / seen
-    run.log.line(" * Acc@1 {:.3f} Acc@5 {:.3f} ({:.0f} and {:.0f} of {:.0f} images)".format(
-        acc1, acc5, top1, top5, seen))
+    run.log.line(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} ({top1:.0f} and {top5:.0f} of {seen:.0f} images)")
     return loss / max(1, readable), acc1, acc5, seen / (time.time() - begin)
 
 
@@ -1437,7 +1413,7 @@ def evaluate(run):
 
 def checkpoint_path(flags, age=0):
     """The newest checkpoint, or the one ``age`` saves older."""
-    return os.path.join(flags.output_dir, "checkpoint{}.pth.tar".format("-{}".format(age) if age else ""))
+    return os.path.join(flags.output_dir, f"checkpoint{(f'-{age}' if age else '')}.pth.tar")
 
 
 def weights_of(run, batchnorm):
@@ -1475,7 +1451,6 @@ def snapshot(run):
         "rows": progress.rows, "state_dict": weights_of(run, averaged), "optimizer": optimizer_state(run.optimizer),
         "amp": run.precision.state_dict(), "processes": rows, "seed": run.seed, "classes": data.classes,
         "train_images": len(data), "batch": run.train_loader.sampler.total, "opt_level": run.precision.level,
-        "own_depthwise": run.own_depthwise,
     }
 
 
@@ -1518,8 +1493,7 @@ def write_file(content, path, older=()):
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise Fault("can't write {}: {}; {}. Make room, or give another --output-dir".format(
-            path, first_line(error), last_good(os.path.dirname(path))))
+        raise Fault(f"can't write {path}: {first_line(error)}; {last_good(os.path.dirname(path))}. Make room, or give another --output-dir")
 
 
 def last_good(folder):
@@ -1553,7 +1527,7 @@ class SafePickle:
                                    ("torch._utils", "_rebuild_parameter"), ("torch", "Size")}
                     or (module == "torch" and name.endswith("Storage") and name.isidentifier())):
                 return super().find_class(module, name)
-            raise pickle.UnpicklingError("{}.{}".format(module, name))
+            raise pickle.UnpicklingError(f"{module}.{name}")
 
     @classmethod
     def load(cls, file, **options):
@@ -1573,20 +1547,18 @@ def read_checkpoint(path):
             with zipfile.ZipFile(path) as parts:
                 broken = parts.testzip()
             if broken:
-                raise Fault("{} is damaged: its part {} does not match its checksum. Use another file".format(
-                    path, broken))
+                raise Fault(f"{path} is damaged: its part {broken} does not match its checksum. Use another file")
         safe = {"weights_only": True} if accepts(torch.load, "weights_only") else {"pickle_module": SafePickle}
         loaded = torch.load(path, map_location="cpu", **safe)
     except FileNotFoundError:
-        raise Fault("no checkpoint {!r}: give a file that is there".format(path))
+        raise Fault(f"no checkpoint {path!r}: give a file that is there")
     except pickle.UnpicklingError as error:
-        raise Fault("{} holds other things than tensors and plain values, and was not loaded, since they could run "
-                    "code ({}). Save its state_dict alone".format(path, describe_unpickling(error)))
+        raise Fault(f"{path} holds other things than tensors and plain values, and was not loaded, since they could run code ({describe_unpickling(error)}). Save its state_dict alone")
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
             zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError, AssertionError) as error:
-        raise Fault("{} is damaged or no checkpoint ({}). Use another file".format(path, first_line(error)))
+        raise Fault(f"{path} is damaged or no checkpoint ({first_line(error)}). Use another file")
     if not isinstance(loaded, dict):
-        raise Fault("{} holds a {}, expected a state dict or a checkpoint".format(path, type(loaded).__name__))
+        raise Fault(f"{path} holds a {type(loaded).__name__}, expected a state dict or a checkpoint")
     return loaded
 
 
@@ -1613,9 +1585,9 @@ def find_checkpoint(flags):
             return read_checkpoint(path), path
         except Fault as fault:
             faults.append(fault)
-            print("=> {}; trying the one before".format(fault), file=sys.stderr, flush=True)
+            print(f"=> {fault}; trying the one before", file=sys.stderr, flush=True)
     if faults:
-        raise Fault("--resume auto: none of {} can be used; remove them to start anew".format(", ".join(paths)))
+        raise Fault(f"--resume auto: none of {', '.join(paths)} can be used; remove them to start anew")
     return {}, None
 
 
@@ -1639,14 +1611,13 @@ def load_weights(model, checkpoint, path, new_classifier=False):
     state._metadata = metadata
     weight = state.get("classifier.1.weight")
     if weight is None or not torch.is_tensor(weight):
-        raise Fault("{} is no MnasNet checkpoint: it has no classifier.1.weight".format(path))
+        raise Fault(f"{path} is no MnasNet checkpoint: it has no classifier.1.weight")
     if new_classifier and len(weight) != model.num_classes:
         state.update({"classifier.1." + n: p for n, p in model.classifier[1].state_dict().items()})
-        print("=> {} classes in {}, {} here: the classifier starts fresh".format(len(weight), path, model.num_classes),
+        print(f"=> {len(weight)} classes in {path}, {model.num_classes} here: the classifier starts fresh",
               flush=True)
     elif len(weight) != model.num_classes:
-        raise Fault("{} was trained for {} classes, the data has {}: give the data it was trained on".format(
-            path, len(weight), model.num_classes))
+        raise Fault(f"{path} was trained for {len(weight)} classes, the data has {model.num_classes}: give the data it was trained on")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -1671,8 +1642,7 @@ def load_pretrained(model, flags):
             try:
                 torch.hub.download_url_to_file(url, path, name[:-4].rsplit("-", 1)[1], progress=False)
             except (OSError, RuntimeError) as error:
-                raise Fault("can't fetch {} ({}): fetch it by hand and pass --weights FILE".format(
-                    url, first_line(error)))
+                raise Fault(f"can't fetch {url} ({first_line(error)}): fetch it by hand and pass --weights FILE")
     load_weights(model, read_checkpoint(path), path, new_classifier=True)
     return path
 
@@ -1682,12 +1652,12 @@ def restore(run, checkpoint, path):
     flags, progress, log = run.flags, run.progress, run.log
     classes = checkpoint.get("classes", run.train_loader.dataset.images.classes)
     if classes != run.train_loader.dataset.images.classes:
-        raise Fault("{} was trained on other classes than the data has: give the data it was trained on".format(path))
+        raise Fault(f"{path} was trained on other classes than the data has: give the data it was trained on")
     if "optimizer" in checkpoint:
         try:
             run.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError as error:
-            raise Fault("{}: its optimiser does not fit ({})".format(path, first_line(error)))
+            raise Fault(f"{path}: its optimiser does not fit ({first_line(error)})")
         for parameter in stepped_parameters(run.optimizer):  # the fused optimiser reads momentum in the weight's memory order
             state = run.optimizer.state.get(parameter, {})
             if torch.is_tensor(state.get("momentum_buffer")):
@@ -1695,7 +1665,7 @@ def restore(run, checkpoint, path):
     run.precision.load_state_dict(checkpoint.get("amp") or {})
     progress.epoch, progress.images = int(checkpoint.get("epoch", 0)), int(checkpoint.get("images", 0))
     progress.best_acc1, progress.rows = float(checkpoint.get("best_acc1", 0)), list(checkpoint.get("rows", []))
-    log.line("=> resumed from {}: epoch {}, {} images into it".format(path, progress.epoch, progress.images))
+    log.line(f"=> resumed from {path}: epoch {progress.epoch}, {progress.images} images into it")
     if "processes" in checkpoint:
         restore_processes(run, checkpoint)
     if run.runtime.is_main and progress.rows:
@@ -1707,7 +1677,7 @@ def restore_processes(run, checkpoint):
     rows, progress, order = checkpoint["processes"], run.progress, run.train_loader.sampler
     changes = []
     if len(rows) != run.team.size:
-        changes.append("{} processes, now {}".format(len(rows), run.team.size))
+        changes.append(f"{len(rows)} processes, now {run.team.size}")
         mean = rows.mean(0, keepdim=True)
         mean[:, -4:] *= len(rows) / run.team.size
         rows = mean.expand(run.team.size, -1)
@@ -1716,10 +1686,9 @@ def restore_processes(run, checkpoint):
     for name, now in (("seed", run.seed), ("train_images", order.count), ("batch", order.total),
                       ("opt_level", run.precision.level)):
         if checkpoint.get(name) != now:
-            changes.append("{} {}, now {}".format(name.replace("_", " "), checkpoint.get(name), now))
+            changes.append(f"{name.replace('_', ' ')} {checkpoint.get(name)}, now {now}")
     if changes:
-        run.log.line("=> the result is no longer bit-identical to a run without a break: it had {}".format(
-            "; ".join(changes)))
+        run.log.line(f"=> the result is no longer bit-identical to a run without a break: it had {'; '.join(changes)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1763,17 +1732,16 @@ class BadImages:
             self.known.add(path)
         limit = self.flags.max_bad if self.flags.max_bad is not None else max(10, order.count // 1000)
         if len(self.known) > limit:
-            raise Fault("{} images can't be read, more than --max-bad {}: see {}".format(
-                len(self.known), limit, self.file))
+            raise Fault(f"{len(self.known)} images can't be read, more than --max-bad {limit}: see {self.file}")
 
     def name(self, images, index, path):
         reason = why_bad(images, index)
         printable = path.encode("unicode_escape", "surrogateescape").decode() if not path.isprintable() else path
-        self.log.line("=> can't read {}: {}".format(printable, reason))
+        self.log.line(f"=> can't read {printable}: {reason}")
         if printable not in self.named:
             self.named.add(printable)
             with open(self.file, "a", encoding="utf-8", errors="surrogateescape") as file:
-                file.write("{}\t{}\n".format(printable, reason))
+                file.write(f"{printable}\t{reason}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1856,11 +1824,7 @@ class Meter:
             finite = math.isfinite(figures[0])
             self.overflows = 0 if finite else self.overflows + 1
             if not finite and (not scales or self.overflows >= OVERFLOWS):
-                raise Fault("the loss is {} at epoch {} step {} (lr {:.6g}){}; {}. Try a lower --lr or a longer "
-                            "--warmup".format(
-                                figures[0], self.run.progress.epoch, step, lr,
-                                ", as in the {} steps before it".format(OVERFLOWS - 1) if scales else "",
-                                last_good(self.run.flags.output_dir)))
+                raise Fault(f"the loss is {figures[0]} at epoch {self.run.progress.epoch} step {step} (lr {lr:.6g}){(f', as in the {OVERFLOWS - 1} steps before it' if scales else '')}; {last_good(self.run.flags.output_dir)}. Try a lower --lr or a longer --warmup")
             for place, value in enumerate(figures + [1]):
                 sums[place] += value if finite or place else 0.0
         self.unread = []
@@ -1877,13 +1841,13 @@ class Meter:
         left = self.steps - step - 1 + self.steps * (run.flags.epochs - run.progress.epoch - 1)
         run.log.line("\t".join([
             "Epoch: [{}][{:{}d}/{}]".format(run.progress.epoch, step, len(str(self.steps)), self.steps),
-            "Time {:6.3f} ({:6.3f})".format(seconds, mean_seconds),
-            "Data {:6.3f} ({:6.3f})".format(wait, mean_wait),
-            "Loss {:.4f} ({:.4f})".format(loss, mean[0]),
-            "Acc@1 {:6.2f} ({:6.2f})".format(100 * top1 / batch, 100 * mean[1] / batch),
-            "Acc@5 {:6.2f} ({:6.2f})".format(100 * top5 / batch, 100 * mean[2] / batch),
-            "ETA {}".format(datetime.timedelta(seconds=int(left * steady))),
-            "FPS {:.2f} ( {:.2f} )".format(self.total / seconds, self.total / steady)]))
+            f"Time {seconds:6.3f} ({mean_seconds:6.3f})",
+            f"Data {wait:6.3f} ({mean_wait:6.3f})",
+            f"Loss {loss:.4f} ({mean[0]:.4f})",
+            f"Acc@1 {100 * top1 / batch:6.2f} ({100 * mean[1] / batch:6.2f})",
+            f"Acc@5 {100 * top5 / batch:6.2f} ({100 * mean[2] / batch:6.2f})",
+            f"ETA {datetime.timedelta(seconds=int(left * steady))}",
+            f"FPS {self.total / seconds:.2f} ( {self.total / steady:.2f} )"]))
         self.printed = self.mark()
 
     def finish(self):
@@ -1897,9 +1861,7 @@ class Meter:
         loss, top1, _, steps, waited = run.team.sum(run.progress.sums + [self.waited])
         share = waited / run.team.size / seconds
         if share > 0.1:
-            run.log.line("=> {:.0f} % of epoch {} was spent waiting for images: raise --workers (now {}){}".format(
-                100 * share, run.progress.epoch, loader.num_workers,
-                "" if loader.num_workers < usable_cores() else ", or give the machine more or faster cores"))
+            run.log.line(f"=> {100 * share:.0f} % of epoch {run.progress.epoch} was spent waiting for images: raise --workers (now {loader.num_workers}){'' if loader.num_workers < usable_cores() else ', or give the machine more or faster cores'}")
         return {"train_loss": loss / steps, "train_acc1": 100 * top1 / steps / loader.sampler.batch_size,
                 "fps": images / steady, "seconds": seconds, "data_wait": share}
 
@@ -1908,7 +1870,7 @@ def write_metrics(flags, rows):
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)
-    table.writerows([row["epoch"]] + ["{:.6g}".format(row[name]) for name in COLUMNS[1:]] for row in rows)
+    table.writerows([row["epoch"]] + [f"{row[name]:.6g}" for name in COLUMNS[1:]] for row in rows)
     write_file(text.getvalue().encode(), os.path.join(flags.output_dir, "metrics.csv"))
 
 
@@ -1932,11 +1894,11 @@ def profile(run, warm=3, steps=5):
         else:
             run.runtime.synchronize()
     if step < warm + steps - 1:
-        raise Fault("--run-prof needs {} steps, the data has {}: lower --batch-size".format(warm + steps, step + 1))
+        raise Fault(f"--run-prof needs {warm + steps} steps, the data has {step + 1}: lower --batch-size")
     if run.runtime.is_main:
         record.export_chrome_trace(path)
         print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=10))
-        print("=> {} steps profiled; open {} in chrome://tracing".format(steps, path), flush=True)
+        print(f"=> {steps} steps profiled; open {path} in chrome://tracing", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1965,14 +1927,12 @@ def train(run):
         if run.runtime.is_main:
             write_metrics(flags, progress.rows)
         log.scalars(row)
-        log.line("=> epoch {} took {:.1f} s: loss {:.4f}, best Acc@1 {:.3f}, FPS {:.2f} ( {:.2f} )".format(
-            row["epoch"], row["seconds"], row["train_loss"], progress.best_acc1, row["fps"], row["fps"]))
+        log.line(f"=> epoch {row['epoch']} took {row['seconds']:.1f} s: loss {row['train_loss']:.4f}, best Acc@1 {progress.best_acc1:.3f}, FPS {row['fps']:.2f} ( {row['fps']:.2f} )")
     if not progress.rows:
-        raise Fault("nothing to do: --epochs {} are done in {}".format(flags.epochs, flags.resume or "--start-epoch"))
+        raise Fault(f"nothing to do: --epochs {flags.epochs} are done in {flags.resume or '--start-epoch'}")
     best = max(progress.rows, key=lambda row: row["acc1"])
     fps = run.steady_images / run.steady_seconds if run.steady_images else progress.rows[-1]["fps"]
-    log.line("Result: Acc@1 {:.3f} Acc@5 {:.3f} images/sec {:.2f} loss {:.4f}".format(
-        best["acc1"], best["acc5"], fps, progress.rows[-1]["train_loss"]))
+    log.line(f"Result: Acc@1 {best['acc1']:.3f} Acc@5 {best['acc5']:.3f} images/sec {fps:.2f} loss {progress.rows[-1]['train_loss']:.4f}")
 
 
 def print_error(fault):
@@ -1990,12 +1950,11 @@ def worker(flags, kind, notes):
     except Stopped as stopped:
         status = 128 + stopped.signum
         if runtime.is_main:
-            print("=> {}: stopped{}".format(signal.Signals(stopped.signum).name, "" if flags.evaluate else
-                  ", saved; --resume auto goes on from here"), file=sys.stderr, flush=True)
+            print(f"=> {signal.Signals(stopped.signum).name}: stopped{'' if flags.evaluate else ', saved; --resume auto goes on from here'}", file=sys.stderr, flush=True)
     except Fault as fault:
         status = 1
         if team.speaks_first():
-            print_error("rank {}: {}".format(runtime.rank, fault) if team.size > 1 else fault)
+            print_error(f"rank {runtime.rank}: {fault}" if team.size > 1 else fault)
     end_loaders()
     if status and team.size > 1:  # the others may be gone, and torch would wait for them
         sys.stdout.flush()
@@ -2010,19 +1969,19 @@ def choose_seed(flags, checkpoint):
     return checkpoint.get("seed", random.SystemRandom().randrange(2 ** 31))
 
 
-def describe_speed(runtime, memory_kept, own_depthwise):
+def describe_speed(runtime, memory_kept, dtype):
     """The log's line of what makes a run fast here, and what this torch or machine lacks; None: of no use here."""
     kind = runtime.kind
     levers = [
         ("channels_last", runtime.channels_last if kind.channels_last else None),
         ("freed memory kept", memory_kept),
-        ("own bfloat16 depthwise gradients", own_depthwise),
+        ("own depthwise gradients", has_fast_depthwise(dtype) if kind.name == "cpu" else None),
         ("torchvision's JPEG decoder", fast_decoder() is not None),
         ("lasting loader processes", accepts(torch.utils.data.DataLoader.__init__, "persistent_workers")),
         ("fused SGD", accepts(torch.optim.SGD.__init__, "fused") if kind.name != "npu" else None),
     ]
     there, missing = (", ".join(name for name, found in levers if found is wanted) for wanted in (True, False))
-    return "=> for speed: {}{}".format(there or "nothing", "; not here: " + missing if missing else "")
+    return f"=> for speed: {there or 'nothing'}{'; not here: ' + missing if missing else ''}"
 
 
 def work(flags, runtime, team, notes):
@@ -2044,37 +2003,27 @@ def work(flags, runtime, team, notes):
         flags.arch, runtime.device, " ({})".format("; ".join(notes)) if notes else "", team.size, batch, workers,
         precision, seed))
     if batch < 1:
-        raise Fault("--batch-size {} is less than one image for each of {} processes".format(
-            flags.batch_size, runtime.local_size))
-    model = build_model(flags, runtime, len(val_images.classes))
+        raise Fault(f"--batch-size {flags.batch_size} is less than one image for each of {runtime.local_size} processes")
+    model = build_model(flags, runtime, len(val_images.classes), precision.conv_dtype)
     if flags.pretrained:
-        log.line("=> weights of {}".format(load_pretrained(model, flags)))
+        log.line(f"=> weights of {load_pretrained(model, flags)}")
     if checkpoint:
         load_weights(model, checkpoint, path)
-    if precision.bfloat16:
-        replace_relu(model)
-    own_depthwise = None
-    if precision.bfloat16 and not flags.evaluate:  # timed once for all: the other way's roundings are others
-        own_depthwise = bool(team.first(choose_depthwise(checkpoint)))
-        if own_depthwise:
-            replace_depthwise(model, bfloat16_depthwise)
     memory_kept = keep_freed_memory(runtime.local_size) if runtime.kind.name == "cpu" else None
-    log.line(describe_speed(runtime, memory_kept, own_depthwise))
+    log.line(describe_speed(runtime, memory_kept, precision.conv_dtype))
     parameters = precision.prepare(model)
     loader = make_loader(ImageBatches(val_images, flags, seed, train=False), BatchOrder(len(val_images), batch, runtime),
                          workers, runtime)
-    run = Run(flags, runtime, team, precision, model, loader, BadImages(flags, runtime, team, log), log, seed=seed,
-              own_depthwise=own_depthwise)
+    run = Run(flags, runtime, team, precision, model, loader, BadImages(flags, runtime, team, log), log, seed=seed)
     if flags.evaluate:
         team.listen()
         loss, acc1, acc5, fps = evaluate(run)
-        log.line("Result: Acc@1 {:.3f} Acc@5 {:.3f} images/sec {:.2f} loss {:.4f}".format(acc1, acc5, fps, loss))
+        log.line(f"Result: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} images/sec {fps:.2f} loss {loss:.4f}")
         return
 
     order = BatchOrder(len(train_images), batch, runtime, seed)
     if order.count < order.total:
-        raise Fault("{} training images are fewer than the {} of one step: lower --batch-size".format(
-            order.count, order.total))
+        raise Fault(f"{order.count} training images are fewer than the {order.total} of one step: lower --batch-size")
     run.train_loader = make_loader(ImageBatches(train_images, flags, seed, train=True), order, workers, runtime)
     run.model, run.optimizer = precision.initialize(model, build_optimizer(flags, runtime, precision, parameters))
     run.train_model = wrap_for_training(run.model, flags, runtime, precision)
@@ -2100,7 +2049,7 @@ def lock_folder(flags, runtime):
         os.makedirs(flags.output_dir, exist_ok=True)
         folder = os.open(flags.output_dir, os.O_RDONLY)
     except OSError as error:
-        raise Fault("can't use --output-dir {!r}: {}".format(flags.output_dir, error.strerror))
+        raise Fault(f"can't use --output-dir {flags.output_dir!r}: {error.strerror}")
     try:
         for attempt in range(100, 0, -1):  # what is left of a run that was killed may take some seconds to go
             try:
@@ -2108,8 +2057,7 @@ def lock_folder(flags, runtime):
                 break
             except BlockingIOError:
                 if attempt == 1:
-                    raise Fault("another run writes to {!r}: give this one its own --output-dir".format(
-                        flags.output_dir))
+                    raise Fault(f"another run writes to {flags.output_dir!r}: give this one its own --output-dir")
                 time.sleep(0.1)
         yield
     finally:
@@ -2127,12 +2075,11 @@ def check_data(flags):
         for _, labels, bad in loader:
             done += len(labels)
             for index in bad:
-                print("bad: {}\t{}".format(ascii(images.path(index))[1:-1], why_bad(images, index)))
+                print(f"bad: {ascii(images.path(index))[1:-1]}\t{why_bad(images, index)}")
             found += len(bad)
             if done % 6400 < 64 or done == len(images):
-                print("{}: {} of {} images, {:.0f} a second".format(
-                    name, done, len(images), done / (time.time() - begin)), file=sys.stderr, flush=True)
-    print("{} bad image(s)".format(found))
+                print(f"{name}: {done} of {len(images)} images, {done / (time.time() - begin):.0f} a second", file=sys.stderr, flush=True)
+    print(f"{found} bad image(s)")
     return 1 if found else 0
 
 
@@ -2180,8 +2127,7 @@ def watch(children, first_rank, grace=10.0):
             status, agreed = (code if code > 0 else 128 - code), code in stops
             deadline = time.time() + (60.0 if agreed else grace)
             if code < 0:
-                print("main.py: error: rank {} was killed by {}; ending the others".format(
-                    first_rank + place, signal.Signals(-code).name), file=sys.stderr, flush=True)
+                print(f"main.py: error: rank {first_rank + place} was killed by {signal.Signals(-code).name}; ending the others", file=sys.stderr, flush=True)
             if not agreed:
                 tell(children, signal.SIGTERM)
     return status or max(abs(child.poll() or 0) for child in children)

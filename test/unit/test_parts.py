@@ -48,22 +48,23 @@ def test_folded_batchnorm_changes_nothing_but_rounding():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("kernel,stride,side", [(3, 1, 8), (3, 2, 8), (3, 2, 7), (5, 1, 7), (5, 2, 8), (5, 2, 5), (5, 2, 1)])
-def test_bfloat16_depthwise_has_the_gradients_of_float64(kernel, stride, side):
-    if not hasattr(torch, "autocast"):  # torch 1.5 and 1.8 have no bfloat16 on the cpu, and are not made to use it
-        assert main.choose_depthwise({}) is main.choose_depthwise({"own_depthwise": True}) is False
+def test_fast_depthwise_has_the_gradients_of_float64(kernel, stride, side, dtype, tolerance):
+    if not hasattr(torch, "autocast"):  # torch 1.5 and 1.8 can't ask for one gradient alone
+        assert main.has_fast_depthwise(dtype) is False
         return
     torch.manual_seed(0)
-    conv = torch.nn.Conv2d(24, 24, kernel, stride, kernel // 2, groups=24, bias=False).bfloat16()
-    images = torch.randn(2, 24, side, side).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    conv = torch.nn.Conv2d(24, 24, kernel, stride, kernel // 2, groups=24, bias=False).to(dtype)
+    images = torch.randn(2, 24, side, side).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
     exact = [t.detach().double().requires_grad_() for t in (images, conv.weight)]
     expected = torch.nn.functional.conv2d(*exact, stride=stride, padding=kernel // 2, groups=24)
-    found = main.bfloat16_depthwise(conv, images)
+    found = main.fast_depthwise(dtype, conv, images)
     toward = torch.randn_like(found)
     found.backward(toward)
     expected.backward(toward.double())
     for ours, theirs in ((found, expected), (images.grad, exact[0].grad), (conv.weight.grad, exact[1].grad)):
-        assert ours.dtype == torch.bfloat16 and (ours.double() - theirs).abs().max() < 0.02 * theirs.abs().max()
+        assert ours.dtype == dtype and (ours.double() - theirs).abs().max() < tolerance * theirs.abs().max()
 
 
 def test_the_other_relu_has_the_numbers_of_relu():
