@@ -1917,8 +1917,7 @@ def train(run):
         except Stopped:
             save(run)
             raise
-        row.update(epoch=progress.epoch, lr=learning_rate(flags, progress.epoch), val_loss=val_loss, acc1=acc1,
-                   acc5=acc5)
+        row.update(epoch=progress.epoch, lr=learning_rate(flags, progress.epoch), val_loss=val_loss, acc1=acc1, acc5=acc5)
         best = acc1 > progress.best_acc1 or not progress.rows
         progress.rows = [old for old in progress.rows if old["epoch"] < progress.epoch] + [row]
         progress.best_acc1 = max(acc1, progress.best_acc1)
@@ -1927,46 +1926,18 @@ def train(run):
         if run.runtime.is_main:
             write_metrics(flags, progress.rows)
         log.scalars(row)
-        log.line(f"=> epoch {row['epoch']} took {row['seconds']:.1f} s: loss {row['train_loss']:.4f}, best Acc@1 {progress.best_acc1:.3f}, FPS {row['fps']:.2f} ( {row['fps']:.2f} )")
+        log.line(f"=> epoch {row['epoch']} took {row['seconds']:.1f} s: loss {row['train_loss']:.4f}, best Acc@1 "
+                 f"{progress.best_acc1:.3f}, FPS {row['fps']:.2f} ( {row['fps']:.2f} )")
     if not progress.rows:
         raise Fault(f"nothing to do: --epochs {flags.epochs} are done in {flags.resume or '--start-epoch'}")
-    best = max(progress.rows, key=lambda row: row["acc1"])
-    fps = run.steady_images / run.steady_seconds if run.steady_images else progress.rows[-1]["fps"]
-    log.line(f"Result: Acc@1 {best['acc1']:.3f} Acc@5 {best['acc5']:.3f} images/sec {fps:.2f} loss {progress.rows[-1]['train_loss']:.4f}")
+    best, last = max(progress.rows, key=lambda row: row["acc1"]), progress.rows[-1]
+    fps = run.steady_images / run.steady_seconds if run.steady_images else last["fps"]
+    print_result(log, best["acc1"], best["acc5"], fps, last["train_loss"])
 
 
-def print_error(fault):
-    print("main.py: error: {}".format(str(fault).replace("\n", " ")), file=sys.stderr, flush=True)
-
-
-def worker(flags, kind, notes):
-    """One process of a run, from the device to the result."""
-    runtime = open_device(flags, kind)
-    team = Team(flags, runtime)
-    status = 0
-    try:
-        with team.faults():
-            work(flags, runtime, team, notes)
-    except Stopped as stopped:
-        status = 128 + stopped.signum
-        if runtime.is_main:
-            print(f"=> {signal.Signals(stopped.signum).name}: stopped{'' if flags.evaluate else ', saved; --resume auto goes on from here'}", file=sys.stderr, flush=True)
-    except Fault as fault:
-        status = 1
-        if team.speaks_first():
-            print_error(f"rank {runtime.rank}: {fault}" if team.size > 1 else fault)
-    end_loaders()
-    if status and team.size > 1:  # the others may be gone, and torch would wait for them
-        sys.stdout.flush()
-        os._exit(status)
-    return status
-
-
-def choose_seed(flags, checkpoint):
-    """--seed, or the interrupted run's, or one drawn."""
-    if flags.seed is not None:
-        return flags.seed
-    return checkpoint.get("seed", random.SystemRandom().randrange(2 ** 31))
+def print_result(log, acc1, acc5, fps, loss):
+    """The line that the launch scripts read."""
+    log.line(f"Result: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} images/sec {fps:.2f} loss {loss:.4f}")
 
 
 def describe_speed(runtime, memory_kept, dtype):
@@ -1984,11 +1955,12 @@ def describe_speed(runtime, memory_kept, dtype):
     return f"=> for speed: {there or 'nothing'}{'; not here: ' + missing if missing else ''}"
 
 
-def work(flags, runtime, team, notes):
-    """What a process does from meeting the others to the result."""
+def prepare(flags, runtime, team, notes, checkpoint, path):
+    """A run with all that an evaluation needs: the model, filled from what was asked for, and the validation images."""
     log = Log(flags, runtime)
-    checkpoint, path = find_checkpoint(flags)
-    seed = int(team.first(choose_seed(flags, checkpoint)))
+    # --seed, or the interrupted run's, or one drawn by the first process
+    seed = flags.seed if flags.seed is not None else checkpoint.get("seed", random.SystemRandom().randrange(2 ** 31))
+    seed = int(team.first(seed))
     if flags.seed is not None:
         make_deterministic()
     elif runtime.module:
@@ -1999,9 +1971,8 @@ def work(flags, runtime, team, notes):
     batch = flags.batch_size // runtime.local_size
     workers = flags.workers if flags.workers is not None else share_of_cores(runtime.local_size)
     precision = Precision(flags, runtime)
-    log.line("=> {} on {}{}, {} process(es) of {} images a step, {} worker(s) each, {}, seed {}".format(
-        flags.arch, runtime.device, " ({})".format("; ".join(notes)) if notes else "", team.size, batch, workers,
-        precision, seed))
+    log.line(f"=> {flags.arch} on {runtime.device}{' ({})'.format('; '.join(notes)) if notes else ''}, {team.size} "
+             f"process(es) of {batch} images a step, {workers} worker(s) each, {precision}, seed {seed}")
     if batch < 1:
         raise Fault(f"--batch-size {flags.batch_size} is less than one image for each of {runtime.local_size} processes")
     model = build_model(flags, runtime, len(val_images.classes), precision.conv_dtype)
@@ -2011,24 +1982,34 @@ def work(flags, runtime, team, notes):
         load_weights(model, checkpoint, path)
     memory_kept = keep_freed_memory(runtime.local_size) if runtime.kind.name == "cpu" else None
     log.line(describe_speed(runtime, memory_kept, precision.conv_dtype))
-    parameters = precision.prepare(model)
-    loader = make_loader(ImageBatches(val_images, flags, seed, train=False), BatchOrder(len(val_images), batch, runtime),
-                         workers, runtime)
-    run = Run(flags, runtime, team, precision, model, loader, BadImages(flags, runtime, team, log), log, seed=seed)
+
+    def loader(images, order):
+        return make_loader(ImageBatches(images, flags, seed, train=order.seed is not None), order, workers, runtime)
+
+    run = Run(flags, runtime, team, precision, model, loader(val_images, BatchOrder(len(val_images), batch, runtime)),
+              BadImages(flags, runtime, team, log), log, seed=seed)
+    if not flags.evaluate:
+        order = BatchOrder(len(train_images), batch, runtime, seed)
+        if order.count < order.total:
+            raise Fault(f"{order.count} training images are fewer than the {order.total} of one step: lower --batch-size")
+        run.train_loader = loader(train_images, order)
+    return run
+
+
+def work(flags, runtime, team, notes):
+    """What a process does from meeting the others to the result."""
+    checkpoint, path = find_checkpoint(flags)
+    run = prepare(flags, runtime, team, notes, checkpoint, path)
+    parameters = run.precision.prepare(run.model)
     if flags.evaluate:
         team.listen()
         loss, acc1, acc5, fps = evaluate(run)
-        log.line(f"Result: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} images/sec {fps:.2f} loss {loss:.4f}")
-        return
-
-    order = BatchOrder(len(train_images), batch, runtime, seed)
-    if order.count < order.total:
-        raise Fault(f"{order.count} training images are fewer than the {order.total} of one step: lower --batch-size")
-    run.train_loader = make_loader(ImageBatches(train_images, flags, seed, train=True), order, workers, runtime)
-    run.model, run.optimizer = precision.initialize(model, build_optimizer(flags, runtime, precision, parameters))
-    run.train_model = wrap_for_training(run.model, flags, runtime, precision)
+        return print_result(run.log, acc1, acc5, fps, loss)
+    optimizer = build_optimizer(flags, runtime, run.precision, parameters)
+    run.model, run.optimizer = run.precision.initialize(run.model, optimizer)
+    run.train_model = wrap_for_training(run.model, flags, runtime, run.precision)
     run.progress.epoch = flags.start_epoch
-    with lock_folder(flags, runtime):
+    with lock_folder(flags) if runtime.is_main else contextlib.nullcontext():
         if checkpoint:
             restore(run, checkpoint, path)
         team.listen()
@@ -2036,27 +2017,25 @@ def work(flags, runtime, team, notes):
 
 
 @contextlib.contextmanager
-def lock_folder(flags, runtime):
+def lock_folder(flags):
     """Holds --output-dir for this run alone.
 
     Raises:
         Fault: another run writes there, or it can't be made.
     """
-    if not runtime.is_main:
-        yield
-        return
     try:
         os.makedirs(flags.output_dir, exist_ok=True)
         folder = os.open(flags.output_dir, os.O_RDONLY)
     except OSError as error:
         raise Fault(f"can't use --output-dir {flags.output_dir!r}: {error.strerror}")
+    limit = time.monotonic() + 10  # what is left of a run that was killed may take some seconds to go
     try:
-        for attempt in range(100, 0, -1):  # what is left of a run that was killed may take some seconds to go
+        while True:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if attempt == 1:
+                if time.monotonic() > limit:
                     raise Fault(f"another run writes to {flags.output_dir!r}: give this one its own --output-dir")
                 time.sleep(0.1)
         yield
@@ -2064,28 +2043,55 @@ def lock_folder(flags, runtime):
         os.close(folder)
 
 
+def print_error(fault):
+    print("main.py: error:", str(fault).replace("\n", " "), file=sys.stderr, flush=True)
+
+
+def worker(flags, kind, notes):
+    """One process of a run, from the device to the exit status."""
+    runtime = open_device(flags, kind)
+    team = Team(flags, runtime)
+    status = 0
+    try:
+        with team.faults():
+            work(flags, runtime, team, notes)
+    except Stopped as stopped:
+        status = 128 + stopped.signum
+        if runtime.is_main:
+            saved = "" if flags.evaluate else ", saved; --resume auto goes on from here"
+            print(f"=> {signal.Signals(stopped.signum).name}: stopped{saved}", file=sys.stderr, flush=True)
+    except Fault as fault:
+        status = 1
+        if team.speaks_first():
+            print_error(f"rank {runtime.rank}: {fault}" if team.size > 1 else fault)
+    end_loaders()
+    if status and team.size > 1:  # the others may be gone, and torch would wait for them
+        sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
 def check_data(flags):
     """Reads every image and lists the bad ones; the exit status."""
     runtime, found = Runtime(KINDS["cpu"], torch.device("cpu")), 0
     workers = flags.workers if flags.workers is not None else usable_cores()
     for name in ("train", "val"):
-        images, done, begin = open_folder(flags, name), 0, time.time()
+        images, done, begin = open_folder(flags, name), 0, time.monotonic()
         order = BatchOrder(len(images), 64, runtime)
-        loader = make_loader(ImageBatches(images, flags, 0, train=False), order, workers, runtime)
-        for _, labels, bad in loader:
-            done += len(labels)
+        for _, labels, bad in make_loader(ImageBatches(images, flags, 0, train=False), order, workers, runtime):
+            done, found = done + len(labels), found + len(bad)
             for index in bad:
                 print(f"bad: {ascii(images.path(index))[1:-1]}\t{why_bad(images, index)}")
-            found += len(bad)
             if done % 6400 < 64 or done == len(images):
-                print(f"{name}: {done} of {len(images)} images, {done / (time.time() - begin):.0f} a second", file=sys.stderr, flush=True)
+                print(f"{name}: {done} of {len(images)} images, {done / (time.monotonic() - begin):.0f} a second",
+                      file=sys.stderr, flush=True)
     print(f"{found} bad image(s)")
     return 1 if found else 0
 
 
 def launch(flags, argv, kind):
     """Starts one process a card of this node, and ends them all when one fails; gives their exit status."""
-    children, cards, killed = [], flags.device_list, {}
+    children, cards = [], flags.device_list
     with tempfile.TemporaryDirectory(prefix="mnasnet-") as folder:
         url = flags.dist_url
         if flags.nodes == 1 and url == "env://" and "MASTER_ADDR" not in os.environ:
@@ -2096,9 +2102,8 @@ def launch(flags, argv, kind):
         for signum in SIGNALS:
             signal.signal(signum, lambda number, frame: tell(children, number))
         for place in range(len(cards)):
-            command = [sys.executable, os.path.abspath(__file__)] + argv + [
-                "--local_rank", str(place), "--dist-url", url, "--device", kind.name,
-                "--device-list", ",".join(map(str, cards))]
+            command = [sys.executable, os.path.abspath(__file__), *argv, "--local_rank", str(place), "--dist-url", url,
+                       "--device", kind.name, "--device-list", ",".join(map(str, cards))]
             children.append(subprocess.Popen(command, env=environment, start_new_session=True,
                                              preexec_fn=lambda: die_with_parent(signal.SIGTERM)))
         try:
@@ -2116,39 +2121,45 @@ def tell(children, signum):
             child.send_signal(signum)
 
 
-def watch(children, first_rank, grace=10.0):
-    """Waits for the children; once one has failed, the others get ``grace`` seconds to end."""
-    stops, deadline, status = {128 + s for s in SIGNALS}, math.inf, 0
-    while any(child.poll() is None for child in children) and time.time() < deadline:
-        time.sleep(0.05)
-        ended = [(place, child.returncode) for place, child in enumerate(children) if child.poll()]
-        if ended and not status:
-            place, code = ended[0]
-            status, agreed = (code if code > 0 else 128 - code), code in stops
-            deadline = time.time() + (60.0 if agreed else grace)
+def watch(children, first_rank):
+    """Waits for the children. Once one has failed the others get 10 s to end, or 60 s to save after a signal."""
+    deadline, status = math.inf, 0
+    while True:
+        codes = [child.poll() for child in children]
+        failed = [(first_rank + place, code) for place, code in enumerate(codes) if code]
+        if failed and not status:
+            rank, code = failed[0]
+            status = code if code > 0 else 128 - code
+            saving = code in [128 + signum for signum in SIGNALS]
+            deadline = time.monotonic() + (60 if saving else 10)
             if code < 0:
-                print(f"main.py: error: rank {first_rank + place} was killed by {signal.Signals(-code).name}; ending the others", file=sys.stderr, flush=True)
-            if not agreed:
+                print_error(f"rank {rank} was killed by {signal.Signals(-code).name}; ending the others")
+            if not saving:
                 tell(children, signal.SIGTERM)
-    return status or max(abs(child.poll() or 0) for child in children)
+        if None not in codes or time.monotonic() > deadline:
+            return status
+        time.sleep(0.05)
 
 
 def main(argv=None):
+    """The exit status of a command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = parse_args(argv)
     try:
         if flags.check_data:
             return check_data(flags)
         kind, notes = choose_kind(flags)
-        if flags.multiprocessing_distributed and not flags.device_list:
+        if not flags.multiprocessing_distributed:
+            return worker(flags, kind, notes)
+        if not flags.device_list:
             if kind.name == "cpu":
-                raise Fault("--multiprocessing-distributed on the cpu needs --device-list 0,1,...: one number a process")
+                raise Fault("--multiprocessing-distributed on the cpu needs --device-list 0,1,...: a number a process")
             flags.device_list = list(range(cards_present(kind)[0]))
-        if flags.multiprocessing_distributed and flags.local_rank is None:
-            if not flags.synthetic:
-                open_images(flags)  # one message, before as many processes say it
-            return launch(flags, argv, kind)
-        return worker(flags, kind, notes)
+        if flags.local_rank is not None:
+            return worker(flags, kind, notes)
+        if not flags.synthetic:
+            open_images(flags)  # one message, before as many processes say it
+        return launch(flags, argv, kind)
     except Fault as fault:
         print_error(fault)
         return 1
