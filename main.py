@@ -369,22 +369,23 @@ def keep_freed_memory(processes):
 def meeting_point(flags, runtime, limit):
     """The store where the processes of a run find each other, and its address in words. Raises a Fault where the
     address is not one, its port is taken, or nobody answers there in time."""
-    url = flags.dist_url
+    url, env = flags.dist_url, os.environ
     if url.startswith("file://"):
         return dist.FileStore(url[len("file://"):], runtime.world_size), url
+    usual = f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '29688')}"
     if url == "env://":
-        url = f"tcp://{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29688')}"
+        url = usual
     address = re.fullmatch(r"tcp://(.+):([0-9]+)", url)
     if not address:
         raise Fault(f"--dist-url {flags.dist_url!r} is no address: expected tcp://HOST:PORT, file:///PATH or env://")
     host, port = address.group(1), int(address.group(2))
-    # torchrun has a store of its own there, and keeps it over its restarts: each gets names of its own in it.
-    hosts = runtime.is_main and (flags.multiprocessing_distributed or "TORCHELASTIC_RUN_ID" not in os.environ)
-    prefix = "attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # torchrun may have a store there already, and keeps it over its restarts: each gets names of its own in it.
+    there = url == usual and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not flags.multiprocessing_distributed
+    hosts, prefix = runtime.is_main and not there, "attempt" + env.get("TORCHELASTIC_RESTART_COUNT", "0")
     options = {}
     if accepts(dist.TCPStore.__init__, "wait_for_workers"):
         options["wait_for_workers"] = False  # init_process_group waits, and with a better message
-    if hosts and runtime.local_size == runtime.world_size and accepts(dist.TCPStore.__init__, "master_listen_fd"):
+    if hosts and host in ("127.0.0.1", "localhost") and accepts(dist.TCPStore.__init__, "master_listen_fd"):
         try:  # torch itself would listen on every interface
             options["master_listen_fd"] = socket.create_server(("127.0.0.1", port)).detach()
         except OSError as error:
