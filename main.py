@@ -42,7 +42,7 @@ import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-# torch 2.5 and later import torch_npu by themselves, which fails where CANN is missing. open_device() imports it.
+# torch 2.5 and later import torch_npu by themselves, which fails where CANN is missing. cards_present() imports it.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import numpy as np
@@ -53,7 +53,6 @@ from PIL import Image
 
 import mnasnet
 
-ARCHS = sorted(mnasnet.WEIGHTS)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -81,14 +80,13 @@ def number(kind, low, high=math.inf, above=False):
     """An argparse type: an int or float of at least ``low`` (``above``: more than it) and at most ``high``."""
 
     def convert(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if (value > low if above else value >= low) and value <= high and value != math.inf:
-            return value
-        bounds = f"{'above' if above else 'of at least'} {low}{('' if high == math.inf else f' and at most {high}')}"
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected {'a whole number' if kind is int else 'a number'} {bounds}")
+            if (low < value if above else low <= value) and value <= high and value < math.inf:
+                return value
+        what, bound = "a whole number" if kind is int else "a number", "above" if above else "of at least"
+        most = "" if high == math.inf else f" and at most {high}"
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected {what} {bound} {low}{most}")
 
     return convert
 
@@ -99,11 +97,6 @@ def cards(text):
     if not all(n.strip().isdigit() for n in numbers) or len({int(n) for n in numbers}) < len(numbers):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected different card numbers such as 0,1,2,3")
     return [int(n) for n in numbers]
-
-
-def loss_scale(text):
-    """An argparse type: 'dynamic' or a fixed number."""
-    return text if text == "dynamic" else number(float, 0, above=True)(text)
 
 
 def parse_args(argv=None):
@@ -125,7 +118,7 @@ def parse_args(argv=None):
     add("--check-data", action="store_true", help="read every image once, list the bad ones, and end")
 
     add = parser.add_argument_group("model").add_argument
-    add("-a", "--arch", choices=ARCHS, default="mnasnet1_0", help="network")
+    add("-a", "--arch", choices=sorted(mnasnet.WEIGHTS), default="mnasnet1_0", help="network")
     add("--bn-momentum", type=fraction(0, 1, above=True), default=0.1, metavar="M",
         help="weight of a new batch in BatchNorm's running statistics")
     add("--dropout", type=fraction(0, 1), default=0.2, metavar="P", help="share of the classifier's inputs zeroed")
@@ -137,21 +130,21 @@ def parse_args(argv=None):
     add("--epochs", type=count(1), default=90, metavar="N", help="length of the schedule")
     add("--start-epoch", type=count(0), default=0, metavar="N", help="first epoch, for a restart by hand")
     add("-b", "--batch-size", type=count(1), default=256, metavar="N", help="images a step, all cards of this node")
-    add("--lr", "--learning-rate", type=fraction(0), default=0.1, metavar="LR", dest="lr", help="highest learning rate")
+    add("--lr", "--learning-rate", type=fraction(0), default=0.1, metavar="LR", help="highest learning rate")
     add("--warmup", type=count(0), default=0, metavar="N", help="epochs of linear warm-up from 0.1 x lr")
     add("--momentum", type=fraction(0, 1), default=0.9, metavar="M", help="Nesterov momentum")
-    add("--wd", "--weight-decay", type=fraction(0), default=1e-4, metavar="W", dest="wd", help="weight decay")
-    add("--label-smoothing", "--ls", type=fraction(0, 1), default=0.1, metavar="S", dest="label_smoothing",
+    add("--wd", "--weight-decay", type=fraction(0), default=1e-4, metavar="W", help="weight decay")
+    add("--label-smoothing", "--ls", type=fraction(0, 1), default=0.1, metavar="S",
         help="share of the target spread over all classes")
     add("--seed", type=count(0, 2 ** 31), metavar="N", help="fixes weights, order, augmentation and dropout, "
         "and asks torch for deterministic algorithms (default: drawn and printed)")
 
     add = parser.add_argument_group("precision").add_argument
-    add("--opt-level", choices=["O0", "O1", "O2"],
-        help="O0: fp32; O1: autocast; O2: low-precision model with fp32 master weights "
-        "(default: O1 on npu and gpu, O0 on cpu)")
+    add("--opt-level", choices=["O0", "O1", "O2"], help="O0: fp32; O1: autocast; O2: low-precision model with fp32 "
+        "master weights (default: O1 on npu and gpu, O0 on cpu)")
     add("--compile", action="store_true", help="train through torch.compile")
-    add("--loss-scale", type=loss_scale, default="dynamic", metavar="S", help="'dynamic' or a fixed number")
+    add("--loss-scale", type=lambda text: text if text == "dynamic" else fraction(0, above=True)(text),
+        default="dynamic", metavar="S", help="'dynamic' or a fixed number")
     add("--amp-backend", choices=["auto", "apex", "native"], default="auto",
         help="auto: apex where it has amp, else native")
 
@@ -160,10 +153,10 @@ def parse_args(argv=None):
     add("--device-list", type=cards, default="", metavar="0,1,...", help="cards of this node")
     add("--npu", type=count(0), metavar="ID", help="the card of a one-card run")
     add("--multiprocessing-distributed", action="store_true", help="one process a card of --device-list")
-    add("--local_rank", "--local-rank", type=count(0), metavar="I", dest="local_rank",
+    add("--local_rank", "--local-rank", type=count(0), metavar="I",
         help="this process's place in --device-list, where each process is started from outside")
-    add("--world-size", type=number(int, -1), default=-1, metavar="N", help="nodes (-1: one)")
-    add("--rank", type=number(int, -1), default=-1, metavar="I", help="this node's number (-1: 0)")
+    add("--world-size", type=count(-1), default=-1, metavar="N", help="nodes (-1: one)")
+    add("--rank", type=count(-1), default=-1, metavar="I", help="this node's number (-1: 0)")
     add("--dist-url", default="env://", metavar="URL",
         help="tcp://HOST:PORT or file:///PATH where the processes meet, or env:// (MASTER_ADDR, MASTER_PORT)")
     add("--dist-backend", metavar="NAME", help="collectives (default: hccl, nccl or gloo, by device)")
@@ -184,9 +177,11 @@ def parse_args(argv=None):
     if flags.data is None and not flags.synthetic:
         parser.error("no data folder: give one with train/ and val/ in it, or --synthetic N")
     if flags.val_crop_size > flags.val_resize_size:
-        parser.error(f"--val-crop-size {flags.val_crop_size} is larger than --val-resize-size {flags.val_resize_size}: it must fit in it")
+        parser.error(f"--val-crop-size {flags.val_crop_size} is larger than --val-resize-size "
+                     f"{flags.val_resize_size}: it must fit in it")
     if flags.weights and not flags.pretrained:
-        parser.error("--weights FILE does nothing alone: add --pretrained (or --resume FILE to go on from a checkpoint)")
+        parser.error("--weights FILE does nothing alone: add --pretrained "
+                     "(or --resume FILE to go on from a checkpoint)")
     if flags.evaluate and not (flags.resume or flags.pretrained):
         parser.error("-e has no model: give --resume FILE or --pretrained")
     flags.nodes, flags.node_rank = max(1, flags.world_size), max(0, flags.rank)
@@ -226,7 +221,6 @@ class Runtime:
     kind: Kind
     device: torch.device
     rank: int = 0
-    local_rank: int = 0
     world_size: int = 1
     local_size: int = 1  # processes on this node
     channels_last: bool = False
@@ -245,87 +239,8 @@ class Runtime:
             self.module.synchronize()
 
 
-def cards_present(kind):
-    """How many cards of a kind this machine has: (count, why there are none)."""
-    if kind.name == "cpu":
-        return 1, ""
-    if kind.name == "npu" and not hasattr(torch, "npu"):  # torch 1.5 for Ascend has it built in
-        try:
-            importlib.import_module("torch_npu")
-        except ImportError as error:
-            return 0, f"torch_npu does not import ({first_line(error)})"
-    module = getattr(torch, kind.module, None)
-    count = module.device_count() if module is not None and module.is_available() else 0
-    return count, "" if count else f"torch.{kind.module} finds no card"
-
-
-def choose_kind(flags):
-    """The kind of device asked for, or else the best one present, once its cards are known to be there.
-
-    Raises:
-        Fault: the device, or a card that is listed, is not there.
-    """
-    reasons = []
-    for kind in [KINDS[flags.device]] if flags.device else KINDS.values():
-        count, why = cards_present(kind)
-        wanted = flags.device_list or ([flags.npu] if flags.npu is not None else [0])
-        if count and (kind.name == "cpu" or max(wanted) < count):
-            return kind, reasons
-        if count:
-            raise Fault(f"--device-list names card {max(wanted)}, and this machine has {count} {kind.name} card(s): give --device-list {','.join(map(str, range(count)))}")
-        reasons.append(f"{kind.name}: {why}")
-    raise Fault(f"--device {flags.device} is not there: {why}. Give a device that this machine has")
-
-
-def open_device(flags, kind):
-    """This process's ``Runtime``, its card made current before anything else touches it."""
-    listed, env = flags.device_list, os.environ
-    if flags.multiprocessing_distributed:
-        local_size, local_rank = len(listed), flags.local_rank
-        rank, world_size = flags.node_rank * local_size + local_rank, flags.nodes * local_size
-    elif "RANK" in env and "WORLD_SIZE" in env:  # torchrun
-        rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        local_rank = flags.local_rank if flags.local_rank is not None else int(env.get("LOCAL_RANK", 0))
-        local_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
-    else:
-        if len(listed) > 1:
-            raise Fault(f"--device-list names {len(listed)} cards for one process: add --multiprocessing-distributed")
-        rank, world_size, local_rank, local_size = 0, 1, 0, 1
-    if listed and local_rank >= len(listed):
-        raise Fault(f"local rank {local_rank} has no card: --device-list names {len(listed)}")
-    card = listed[local_rank] if listed else flags.npu if flags.npu is not None else local_rank
-    runtime = Runtime(kind, torch.device(kind.module or "cpu", card if kind.module else None),
-                      rank, local_rank, world_size, local_size, kind.channels_last and keeps_channels_last(kind))
-    if kind.module:
-        if card >= runtime.module.device_count():
-            raise Fault(f"{kind.name} card {card} is not there: this machine has {runtime.module.device_count()}")
-        runtime.module.set_device(runtime.device)
-        if hasattr(torch, "set_float32_matmul_precision"):
-            torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, as convolutions have by default
-        set_mode = getattr(runtime.module, "set_compile_mode", None)
-        if set_mode:  # Ascend: the built-in operators, not one compiled for each shape
-            set_mode(jit_compile=False)
-        if hasattr(runtime.module, "set_option") and "ACL_OP_COMPILER_CACHE_MODE" not in env:
-            runtime.module.set_option({"ACL_OP_COMPILER_CACHE_MODE": "enable"})  # keeps what is compiled
-    elif "OMP_NUM_THREADS" not in env and torch.get_num_threads() != share_of_cores(local_size):
-        torch.set_num_threads(share_of_cores(local_size))  # not idly: torch 1.8's loader processes may hang after it
-    return runtime
-
-
-def share_of_cores(processes):
-    """Cores for each of the processes on this node."""
-    return max(1, usable_cores() // processes)
-
-
-def keeps_channels_last(kind):
-    """Whether convolutions of this torch stay in channels_last, which on the CPU the first generations' do not."""
-    image = torch.zeros(1, 8, 6, 6).to(memory_format=torch.channels_last)
-    kept = F.conv2d(image, torch.zeros(8, 8, 3, 3)).is_contiguous(memory_format=torch.channels_last)
-    return kept or bool(kind.module)
-
-
-def usable_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def accepts(function, name):
@@ -336,6 +251,93 @@ def accepts(function, name):
         return name in (function.__doc__ or "")
 
 
+def cards_present(kind):
+    """How many cards of a kind this machine has: (count, why there are none)."""
+    if kind.name == "cpu":
+        return 1, ""
+    if kind.name == "npu" and not hasattr(torch, "npu"):  # torch 1.5 for Ascend has it built in
+        try:
+            importlib.import_module("torch_npu")
+        except ImportError as error:
+            return 0, f"torch_npu does not import ({first_line(error)})"
+    module = getattr(torch, kind.module, None)
+    count = module.device_count() if module and module.is_available() else 0
+    return count, "" if count else f"torch.{kind.module} finds no card"
+
+
+def choose_kind(flags):
+    """The kind of device asked for, or else the best one present, and why it is none of those before: (kind, reasons).
+    Raises a Fault where the device, or a card that is listed, is not there."""
+    reasons, card = [], max(flags.device_list or [flags.npu or 0])
+    for kind in [KINDS[flags.device]] if flags.device else KINDS.values():
+        count, why = cards_present(kind)
+        if not count:
+            reasons.append(f"{kind.name}: {why}")
+        elif kind.name == "cpu" or card < count:
+            return kind, reasons
+        else:
+            raise Fault(f"--device-list names card {card}, and this machine has {count} {kind.name} card(s): "
+                        f"give --device-list {','.join(map(str, range(count)))}")
+    raise Fault(f"--device {flags.device} is not there: {why}. Give a device that this machine has")
+
+
+def find_place(flags):
+    """This process among the others: its rank, how many there are, its rank on this node, how many are there."""
+    listed, env = flags.device_list, os.environ
+    if flags.multiprocessing_distributed:
+        rank = flags.node_rank * len(listed) + flags.local_rank
+        return rank, flags.nodes * len(listed), flags.local_rank, len(listed)
+    if "RANK" in env and "WORLD_SIZE" in env:  # torchrun
+        local_rank = int(env.get("LOCAL_RANK", 0)) if flags.local_rank is None else flags.local_rank
+        world_size = int(env["WORLD_SIZE"])
+        return int(env["RANK"]), world_size, local_rank, int(env.get("LOCAL_WORLD_SIZE", world_size))
+    if len(listed) > 1:
+        raise Fault(f"--device-list names {len(listed)} cards for one process: add --multiprocessing-distributed")
+    return 0, 1, 0, 1
+
+
+def open_device(flags, kind):
+    """This process's ``Runtime``, its card made current before anything else touches it."""
+    rank, world_size, local_rank, local_size = find_place(flags)
+    card = local_rank if flags.npu is None else flags.npu
+    if flags.device_list:
+        if local_rank >= len(flags.device_list):
+            raise Fault(f"local rank {local_rank} has no card: --device-list names {len(flags.device_list)}")
+        card = flags.device_list[local_rank]
+    device = torch.device(kind.module, card) if kind.module else torch.device("cpu")
+    runtime = Runtime(kind, device, rank, world_size, local_size, kind.channels_last and keeps_channels_last(kind))
+    module, threads = runtime.module, share_of_cores(local_size)
+    if module:
+        if card >= module.device_count():
+            raise Fault(f"{kind.name} card {card} is not there: this machine has {module.device_count()}")
+        module.set_device(device)
+        if hasattr(torch, "set_float32_matmul_precision"):
+            torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, as convolutions have by default
+        if hasattr(module, "set_compile_mode"):  # Ascend: the built-in operators, not one compiled for each shape
+            module.set_compile_mode(jit_compile=False)
+        if hasattr(module, "set_option") and "ACL_OP_COMPILER_CACHE_MODE" not in os.environ:
+            module.set_option({"ACL_OP_COMPILER_CACHE_MODE": "enable"})  # keeps what is compiled
+    elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)  # not idly: torch 1.8's loader processes may hang after it
+    return runtime
+
+
+def usable_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def share_of_cores(processes):
+    """Cores for each of the processes on this node."""
+    return max(1, usable_cores() // processes)
+
+
+def keeps_channels_last(kind):
+    """Whether convolutions of this torch stay in channels_last, which on the CPU the first generations' do not."""
+    images = torch.zeros(1, 8, 6, 6).to(memory_format=torch.channels_last)
+    kept = F.conv2d(images, torch.zeros(8, 8, 3, 3)).is_contiguous(memory_format=torch.channels_last)
+    return kept or bool(kind.module)
+
+
 def die_with_parent(signum):
     """Has the kernel (Linux) send this process ``signum`` when its parent is gone, so that none is left behind."""
     with contextlib.suppress(OSError, AttributeError):
@@ -343,41 +345,64 @@ def die_with_parent(signum):
 
 
 def keep_freed_memory(processes):
-    """Has glibc keep freed blocks, in pages of 2 MB. A step on the CPU takes and frees hundreds of MB: getting them back
-    from the kernel page by page made it 1.4 times as long, small pages made it 1.1 times as long.
-
-    Args:
-        processes: how many share this machine's memory.
-
-    Returns whether it does: not where the C library is another.
-    """
+    """Has glibc keep freed blocks, in pages of 2 MB; False where the C library is another. A step on the CPU takes and
+    frees hundreds of MB: getting them back from the kernel page by page made it 1.4 times as long, small pages made it
+    1.1 times as long. ``processes`` is how many share this machine's memory."""
+    trim_threshold, mmap_max, huge_page = -1, -4, 14  # from malloc.h and mman.h
     try:
         libc = ctypes.CDLL("libc.so.6")
-        mallopt, malloc, madvise, free = libc.mallopt, libc.malloc, libc.madvise, libc.free
+        kept = libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1)
     except (OSError, AttributeError):
-        return False
-    trim_threshold, mmap_max, huge_page = -1, -4, 14  # from malloc.h and mman.h
-    if not (mallopt(mmap_max, 0) and mallopt(trim_threshold, -1)):
         return False
     # The heap grows to what a large batch may take: addresses only, the pages come when they are written to. Where it
     # can't, or the kernel has no large pages, it stays as it is.
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // processes
-    malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    madvise.argtypes, free.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], [ctypes.c_void_p]
-    block, page = malloc(size), 2 ** 21
+    size, page = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // processes, 2 ** 21
+    libc.malloc.restype = ctypes.c_void_p
+    block = libc.malloc(ctypes.c_size_t(size))
     if block:
-        first = -(-block // page) * page
-        madvise(first, (block + size - first) // page * page, huge_page)
-        free(block)
-    return True
+        aligned = block + -block % page
+        libc.madvise(ctypes.c_void_p(aligned), ctypes.c_size_t(size - page), huge_page)
+        libc.free(ctypes.c_void_p(block))
+    return bool(kept)
+
+
+def meeting_point(flags, runtime, limit):
+    """The store where the processes of a run find each other, and its address in words. Raises a Fault where the
+    address is not one, its port is taken, or nobody answers there in time."""
+    url, env = flags.dist_url, os.environ
+    if url.startswith("file://"):
+        return dist.FileStore(url[len("file://"):], runtime.world_size), url
+    usual = f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '29688')}"
+    if url == "env://":
+        url = usual
+    address = re.fullmatch(r"tcp://(.+):([0-9]+)", url)
+    if not address:
+        raise Fault(f"--dist-url {flags.dist_url!r} is no address: expected tcp://HOST:PORT, file:///PATH or env://")
+    host, port = address.group(1), int(address.group(2))
+    # torchrun may have a store there already, and keeps it over its restarts: each gets names of its own in it.
+    there = url == usual and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not flags.multiprocessing_distributed
+    hosts, prefix = runtime.is_main and not there, "attempt" + env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    options = {}
+    if accepts(dist.TCPStore.__init__, "wait_for_workers"):
+        options["wait_for_workers"] = False  # init_process_group waits, and with a better message
+    if hosts and host in ("127.0.0.1", "localhost") and accepts(dist.TCPStore.__init__, "master_listen_fd"):
+        try:  # torch itself would listen on every interface
+            options["master_listen_fd"] = socket.create_server(("127.0.0.1", port)).detach()
+        except OSError as error:
+            raise Fault(f"port {port} can't be used ([Errno {error.errno}] {os.strerror(error.errno)}): "
+                        "give another in --dist-url or MASTER_PORT")
+    try:
+        return dist.PrefixStore(prefix, dist.TCPStore(host, port, runtime.world_size, hosts, limit, **options)), url
+    except (RuntimeError, ValueError) as error:
+        raise Fault(f"no meeting at {url} within {flags.dist_timeout:g} s ({first_line(error)}): are all processes "
+                    "started, is the port free, does rank 0 run on that host?")
 
 
 class Team:
     """All processes of a run: what they agree on goes over gloo between the hosts, and never waits for a device."""
 
     def __init__(self, flags, runtime):
-        self.runtime, self.size, self.timeout = runtime, runtime.world_size, flags.dist_timeout
-        self.signal, self.group, self.store = 0, None, None
+        self.runtime, self.size, self.timeout, self.signal = runtime, runtime.world_size, flags.dist_timeout, 0
         if self.size == 1:
             return
         if runtime.local_size == self.size and os.path.exists("/sys/class/net/lo"):
@@ -389,7 +414,8 @@ class Team:
             dist.init_process_group(backend, store=self.store, rank=runtime.rank, world_size=self.size, timeout=limit)
             self.group = dist.new_group(backend="gloo", timeout=limit)
         except (RuntimeError, ValueError) as error:
-            raise Fault(f"rank {runtime.rank} of {self.size} found no others at {where} within {self.timeout:g} s ({first_line(error)}): start all of them, with the same address")
+            raise Fault(f"rank {runtime.rank} of {self.size} found no others at {where} within {self.timeout:g} s "
+                        f"({first_line(error)}): start all of them, with the same address")
         if runtime.is_main:
             print(f"=> {self.size} processes met at {where}, collectives over {backend}", flush=True)
 
@@ -399,13 +425,19 @@ class Team:
             signal.signal(signum, lambda number, frame: setattr(self, "signal", number))
 
     def poll(self, news=0):
-        """The signal that any process has had (0: none), and the largest ``news``; every process calls this as often
-        as the others."""
+        """The signal that any process has had (0: none), and the largest ``news``; all call this equally often."""
         if self.size == 1:
             return self.signal, news
         values = torch.tensor([self.signal, news])
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return values.tolist()
+
+    def gather(self, row):
+        """[N] on the host -> [world size, N], a row a process."""
+        rows = [row.clone() for _ in range(self.size)]
+        if self.size > 1:
+            dist.all_gather(rows, row, group=self.group)
+        return torch.stack(rows)
 
     def sum(self, values):
         """The sums over the processes of a list of numbers, in float64."""
@@ -413,90 +445,32 @@ class Team:
 
     def first(self, value):
         """The first process's number, for all."""
-        return self.sum([value if self.runtime.is_main else 0])[0]
-
-    def gather(self, row):
-        """[N] on the host -> [world size, N], a row a process."""
-        rows = [torch.empty_like(row) for _ in range(self.size)]
-        if self.size == 1:
-            return row[None]
-        dist.all_gather(rows, row, group=self.group)
-        return torch.stack(rows)
+        return self.gather(torch.tensor([value]))[0].item()
 
     @contextlib.contextmanager
     def faults(self):
-        """Turns the error of a collective that did not come about into the Fault that names the silent processes."""
+        """Turns the error of a collective that did not come about into the Fault that names the processes which no
+        longer answer: all others sign the store, those don't."""
         try:
             yield
         except RuntimeError as error:
             if self.size == 1 or not re.search("gloo|nccl|hccl|ProcessGroup|Connection", str(error), re.IGNORECASE):
                 raise
-            raise self.lost(error)
-
-    def lost(self, error):
-        """The Fault that names the processes which no longer answer: all others sign the store, those don't."""
-        try:
-            self.store.add(f"lost/{self.runtime.rank}", 1)
-            time.sleep(min(3.0, self.timeout))
-            silent = [r for r in range(self.size) if not self.store.add(f"lost/{r}", 0)]
-        except RuntimeError:
-            silent = [0]  # its process holds the store
-        return Fault(f"{'rank ' + ', rank '.join(map(str, silent)) if silent else 'another rank'} gone or stuck, no answer ({first_line(error)}). See its output; --resume auto goes on from the last checkpoint")
+            try:
+                self.store.add(f"lost/{self.runtime.rank}", 1)
+                time.sleep(min(3.0, self.timeout))
+                silent = [rank for rank in range(self.size) if not self.store.add(f"lost/{rank}", 0)]
+            except RuntimeError:
+                silent = [0]  # its process holds the store
+            names = ", ".join(f"rank {rank}" for rank in silent) or "another rank"
+            raise Fault(f"{names} gone or stuck, no answer ({first_line(error)}). See its output; --resume auto goes "
+                        "on from the last checkpoint")
 
     def speaks_first(self):
         """Whether this process is the first to report a fault; the others would only repeat it."""
-        if self.store is None:
-            return True
-        try:
-            return self.store.add("fault", 1) == 1
-        except RuntimeError:
-            return True
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def meeting_point(flags, runtime, limit):
-    """The store where the processes of a run find each other, and its address in words.
-
-    Raises:
-        Fault: the address is not one, its port is taken, or nobody answers there in time.
-    """
-    url, torchrun = flags.dist_url, "TORCHELASTIC_RUN_ID" in os.environ and not flags.multiprocessing_distributed
-    if url.startswith("file://"):
-        return dist.FileStore(url[len("file://"):], runtime.world_size), url
-    if url == "env://":
-        host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29688")
-    else:
-        host, _, port = url[len("tcp://"):].rpartition(":")
-    if not (host and port.isdigit() and (url == "env://" or url.startswith("tcp://"))):
-        raise Fault(f"--dist-url {url!r} is no address: expected tcp://HOST:PORT, file:///PATH or env://")
-    where, hosts = f"tcp://{host}:{port}", runtime.is_main and not torchrun
-    options = {}
-    if hosts and runtime.local_size == runtime.world_size and accepts(dist.TCPStore.__init__, "master_listen_fd"):
-        try:  # torch itself would listen on every interface
-            options["master_listen_fd"] = loopback_socket(int(port))
-        except OSError as error:
-            raise Fault(f"port {port} can't be used ({error}): give another in --dist-url or MASTER_PORT")
-    if accepts(dist.TCPStore.__init__, "wait_for_workers"):
-        options["wait_for_workers"] = False  # init_process_group waits, and with a better message
-    try:
-        store = dist.TCPStore(host, int(port), runtime.world_size, hosts, limit, **options)
-        # torchrun keeps the store over its restarts: each has names of its own there
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore("attempt" + attempt, store), where
-    except (RuntimeError, ValueError) as error:
-        raise Fault(f"no meeting at {where} within {flags.dist_timeout:g} s ({first_line(error)}): are all processes started, is the port free, does rank 0 run on that host?")
-
-
-def loopback_socket(port):
-    """A listening socket on 127.0.0.1, as a file descriptor that the store takes over."""
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        s.bind(("127.0.0.1", port))
-        s.listen()
-        return s.detach()
+        with contextlib.suppress(RuntimeError):  # the process that holds the store is gone
+            return self.size == 1 or self.store.add("fault", 1) == 1
+        return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -511,70 +485,59 @@ class Precision:
     optimiser steps fp32 master weights. float16 trains under a loss scale, bfloat16 needs none.
 
     Use: ``parameters = precision.prepare(model)``, an optimiser over them, ``model, optimizer =
-    precision.initialize(model, optimizer)``, and only then DistributedDataParallel.
-
-    Raises:
-        Fault: this torch, or this machine, lacks what the level needs.
+    precision.initialize(model, optimizer)``, and only then DistributedDataParallel. Raises a Fault where this torch, or
+    this machine, lacks what the level needs.
     """
 
     def __init__(self, flags, runtime):
         kind = runtime.kind
-        self.level, self.dtype = flags.opt_level or kind.opt_level, kind.amp_dtype
-        self.loss_scale = flags.loss_scale
-        found = find_apex(flags, kind) if self.level != "O0" or flags.amp_backend == "apex" else None
-        self.apex = found if self.level != "O0" else None
+        self.level, self.loss_scale = flags.opt_level or kind.opt_level, flags.loss_scale
+        low = self.level != "O0"
+        apex = find_apex(flags, kind) if low or flags.amp_backend == "apex" else None
+        self.apex = apex if low else None
+        self.conv_dtype = kind.amp_dtype if low else torch.float32  # what convolutions compute in
+        self.input_dtype = self.conv_dtype if self.level == "O2" and not self.apex else torch.float32
+        self.scales = self.conv_dtype == torch.float16  # a step may overflow without harm
         self.autocast, self.scaler, self.masters = contextlib.nullcontext, None, None
-        self.input_dtype = self.dtype if self.level == "O2" and not self.apex else torch.float32
-        if self.level == "O0" or self.apex:
+        if self.apex:
             return
-        autocast = find_autocast(kind, self.dtype)
-        if autocast is None:
-            raise Fault(f"--opt-level {self.level} on {kind.name} needs torch's own autocast there, which torch {torch.__version__} lacks: use --opt-level O0{'' if kind.name == 'cpu' else ', or install an apex that has amp'}")
+        autocast = find_autocast(kind, self.conv_dtype)
+        if low and autocast is None:
+            raise Fault(f"--opt-level {self.level} on {kind.name} needs torch's own autocast there, which torch "
+                        f"{torch.__version__} lacks: use --opt-level O0"
+                        + ("" if kind.name == "cpu" else ", or install an apex that has amp"))
         if self.level == "O1":
             self.autocast = autocast
-        if self.dtype == torch.float16:
-            scale = 2.0 ** 16 if self.loss_scale == "dynamic" else self.loss_scale
-            self.scaler = find_scaler(kind)(init_scale=scale)
+        scale = 2.0 ** 16 if self.loss_scale == "dynamic" else self.loss_scale
+        self.scaler = find_scaler(kind)(init_scale=scale, enabled=self.scales)
 
     def __str__(self):
-        how = "fp32" if self.level == "O0" else "apex" if self.apex else f"native, {str(self.dtype)[6:]}"
+        how = "fp32" if self.level == "O0" else "apex" if self.apex else f"native, {str(self.conv_dtype)[6:]}"
         return f"{self.level} ({how})"
-
-    @property
-    def conv_dtype(self):
-        """What convolutions compute in."""
-        return torch.float32 if self.level == "O0" else self.dtype
-
-    @property
-    def scales(self):
-        """Whether a loss scale is at work, under which a step may overflow without harm."""
-        return self.level != "O0" and (self.scaler is not None or self.apex is not None)
 
     def prepare(self, model):
         """The parameters to optimise. The model itself goes to low precision under native O2."""
-        parameters = list(model.parameters())
         if self.input_dtype == torch.float32:
-            return parameters
-        self.masters = [p.detach().float().clone().requires_grad_() for p in parameters]
+            return list(model.parameters())
+        self.masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
         for module in model.modules():
             if not isinstance(module, torch.nn.BatchNorm2d):
                 for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(self.dtype)
+                    parameter.data = parameter.data.to(self.conv_dtype)
         return self.masters
 
     def initialize(self, model, optimizer):
+        """The model and the optimiser as apex wants them, before training."""
         if not self.apex:
             return model, optimizer
         options = {"combine_grad": True} if accepts(self.apex.initialize, "combine_grad") else {}  # Ascend's apex
         weights = [p.detach().clone() for p in model.parameters()]
-        model, optimizer = self.apex.initialize(model, optimizer, opt_level=self.level, loss_scale=self.loss_scale,
-                                                **options)
+        model, optimizer = self.apex.initialize(
+            model, optimizer, opt_level=self.level, loss_scale=self.loss_scale, **options)
         # Has apex put its fp32 weights in the optimiser now, not at the first step, when a checkpoint's momentum has
         # been rounded to the model's float16. It makes them of rounded weights: they get back what was lost.
         optimizer.zero_grad()
-        with torch.no_grad():
-            for parameter, weight in zip(stepped_parameters(optimizer), weights):
-                parameter.copy_(weight)
+        copy_into(stepped_parameters(optimizer), weights)
         return model, optimizer
 
     def backward_and_step(self, loss, model, optimizer):
@@ -584,41 +547,37 @@ class Precision:
                 scaled.backward()
             optimizer.step()
         else:
-            (self.scaler.scale(loss) if self.scaler else loss).backward()
+            self.scaler.scale(loss).backward()
             if self.masters:
                 for master, parameter in zip(self.masters, model.parameters()):
                     master.grad = parameter.grad.to(master.dtype)
-            if self.scaler:
-                self.scaler.step(optimizer)
-                self.scaler.update(None if self.loss_scale == "dynamic" else self.loss_scale)
-            else:
-                optimizer.step()
+            self.scaler.step(optimizer)
+            self.scaler.update(None if self.loss_scale == "dynamic" else self.loss_scale)
             if self.masters:
-                self.take_masters(model)
+                copy_into(model.parameters(), self.masters)
                 model.zero_grad()
         optimizer.zero_grad()
 
-    def take_masters(self, model):
-        """Native O2: the model's weights from the fp32 ones."""
-        with torch.no_grad():
-            for master, parameter in zip(self.masters, model.parameters()):
-                parameter.copy_(master)
-
     def state_dict(self):
-        return self.apex.state_dict() if self.apex else self.scaler.state_dict() if self.scaler else {}
+        return (self.apex or self.scaler).state_dict()
 
     def load_state_dict(self, state):
         """Takes a scaler's state in apex's form or in torch's own. A --loss-scale that is a number stays."""
         if not state:
             return
-        scaler = state.get("loss_scaler0")
-        scale, steps = (scaler["loss_scale"], scaler["unskipped"]) if scaler else (state["scale"], state["_growth_tracker"])
-        if self.loss_scale != "dynamic":
-            scale = self.loss_scale
+        state = state.get("loss_scaler0") or {"loss_scale": state["scale"], "unskipped": state["_growth_tracker"]}
+        scale = state["loss_scale"] if self.loss_scale == "dynamic" else self.loss_scale
         if self.apex:
-            self.apex.load_state_dict(OrderedDict(loss_scaler0={"loss_scale": scale, "unskipped": steps}))
-        elif self.scaler:
-            self.scaler.load_state_dict(dict(self.scaler.state_dict(), scale=scale, _growth_tracker=steps))
+            self.apex.load_state_dict(OrderedDict(loss_scaler0=dict(state, loss_scale=scale)))
+        else:
+            state = dict(self.scaler.state_dict(), scale=scale, _growth_tracker=state["unskipped"])
+            self.scaler.load_state_dict(state)
+
+
+def copy_into(parameters, values):
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values):
+            parameter.copy_(value)
 
 
 def stepped_parameters(optimizer):
@@ -646,20 +605,20 @@ def find_apex(flags, kind):
 
 def find_autocast(kind, dtype):
     """What makes an autocast context for the device, or None where this torch has none."""
-    if kind.name != "npu" or not hasattr(torch, "npu") or not hasattr(getattr(torch.npu, "amp", None), "autocast"):
-        if hasattr(torch, "autocast"):
-            return functools.partial(torch.autocast, kind.module or "cpu", dtype=dtype)
-        return getattr(torch.cuda.amp, "autocast", None) if kind.name == "gpu" else None
-    return torch.npu.amp.autocast
+    if kind.name == "npu" and hasattr(getattr(torch.npu, "amp", None), "autocast"):
+        return torch.npu.amp.autocast
+    if hasattr(torch, "autocast"):
+        return functools.partial(torch.autocast, kind.module or "cpu", dtype=dtype)
+    return getattr(torch.cuda.amp, "autocast", None) if kind.name == "gpu" else None
 
 
 def find_scaler(kind):
-    """The class of gradient scaler for the device."""
-    amp = getattr(getattr(torch, kind.module), "amp", None)
-    # On npu torch.npu.amp's comes first: the older cards saturate, and only it reads their overflow flag.
-    if hasattr(getattr(torch, "amp", None), "GradScaler") and not (kind.name == "npu" and hasattr(amp, "GradScaler")):
-        return functools.partial(torch.amp.GradScaler, kind.module)
-    return amp.GradScaler
+    """The class of gradient scaler for the device; where there is none, one that does nothing unless enabled."""
+    if kind.name == "npu" and hasattr(getattr(torch.npu, "amp", None), "GradScaler"):
+        return torch.npu.amp.GradScaler  # the older cards saturate, and only it reads their overflow flag
+    if hasattr(getattr(torch, "amp", None), "GradScaler"):
+        return functools.partial(torch.amp.GradScaler, kind.module or "cpu")
+    return torch.cuda.amp.GradScaler
 
 
 # ---------------------------------------------------------------------------------------------------------------------
