@@ -17,7 +17,6 @@ saving where it was. ``--resume auto`` goes on from there.
 import argparse
 import contextlib
 import copy
-import csv
 import ctypes
 import datetime
 import fcntl
@@ -627,16 +626,11 @@ def find_scaler(kind):
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, red, green, blue; from torchvision
-SYNTHETIC_CLASSES = 1000
 LARGE = 50000  # images, from which on the index of a folder is kept: a second's scan
 
 
 def class_names(root):
-    """The class folders of a folder, sorted.
-
-    Raises:
-        Fault: the folder is missing, or holds no folders.
-    """
+    """The class folders of a folder, sorted. Raises Fault where it is missing, or holds none."""
     if not os.path.isdir(root):
         raise Fault(f"no folder {root!r}: the data folder needs train/ and val/, with one folder a class in each")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
@@ -648,33 +642,29 @@ def class_names(root):
 def scan(root, classes):
     """What lies in the class folders of ``root``: ``paths`` of the images (bytes, relative) with their ``labels``, and
     all ``folders`` with the ``times`` (ns) of their last change, by which a kept index is known to be true still.
-
-    Raises:
-        Fault: a class folder holds no image.
-    """
-    paths, labels, folders = [], [], [root]
+    Raises Fault where a class folder holds no image."""
+    paths, labels, folders = [], [], [os.fsencode(root)]
     for label, name in enumerate(classes):
         for folder, below, files in os.walk(os.path.join(root, name), followlinks=True):
             below.sort()
-            folders.append(folder)
+            folders.append(os.fsencode(folder))
             inside = os.path.relpath(folder, root)
             paths += [os.fsencode(os.path.join(inside, f)) for f in sorted(files) if f.lower().endswith(EXTENSIONS)]
         if len(paths) == len(labels):
-            raise Fault(f"class folder {os.path.join(root, name)!r} holds no image ({' '.join(EXTENSIONS)}): add some or remove it")
+            raise Fault(f"class folder {os.path.join(root, name)!r} holds no image ({' '.join(EXTENSIONS)}): "
+                        "add some or remove it")
         labels += [label] * (len(paths) - len(labels))
     # One block each, not a million objects: a worker shares the pages it only reads.
-    folders = [os.fsencode(folder) for folder in folders]
     return {"paths": np.array(paths), "labels": np.array(labels), "folders": np.array(folders),
             "times": np.array([os.stat(folder).st_mtime_ns for folder in folders])}
 
 
 def scan_or_recall(root, classes, file):
     """``scan``, or what an earlier scan of a large folder left in ``file`` if no folder has changed since."""
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
-        with np.load(file) as kept:
-            index = {name: kept[name] for name in ("paths", "labels", "folders", "times")}
-        if (os.fsdecode(bytes(index["folders"][0])) == root
-                and [os.stat(bytes(folder)).st_mtime_ns for folder in index["folders"]] == index["times"].tolist()):
+    with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile), np.load(file) as kept:
+        index = {name: kept[name] for name in ("paths", "labels", "folders", "times")}
+        times = [os.stat(folder).st_mtime_ns for folder in index["folders"]]
+        if os.fsdecode(index["folders"][0]) == root and times == index["times"].tolist():
             return index
     index = scan(root, classes)
     if len(index["paths"]) > LARGE:
@@ -686,11 +676,8 @@ def scan_or_recall(root, classes, file):
 
 
 class Folder:
-    """The images of a folder with one folder a class: ``classes``, ``paths`` (bytes, numpy) and ``labels`` [N].
-
-    Raises:
-        Fault: the folder is missing, or has no classes, or has a class without an image.
-    """
+    """The images of a folder with one folder a class: ``classes``, ``paths`` (bytes, numpy) and ``labels`` [N]. Raises
+    Fault where the folder is missing, or has no classes, or has a class without an image."""
 
     def __init__(self, root, index_file):
         self.root, self.classes = os.path.abspath(root), class_names(root)
@@ -701,31 +688,42 @@ class Folder:
         return len(self.labels)
 
     def path(self, index):
-        return os.path.join(self.root, os.fsdecode(bytes(self.paths[index])))
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
 
     def read(self, index, plan, size):
-        """uint8 [size, size, 3]. Raises OSError or ValueError where it is no image."""
         return read_image(self.path(index), plan, size)
-
-    def substitute(self, index):
-        """Other samples of the same class, nearest first, in a fixed order."""
-        same = np.flatnonzero(self.labels == self.labels[index])
-        return np.roll(same, -int(np.searchsorted(same, index)))[1:]
 
 
 class Synthetic:
     """N images of noise, for measuring without data; the same ones every time."""
 
     def __init__(self, count):
-        self.classes = [f"{label:04d}" for label in range(SYNTHETIC_CLASSES)]
-        self.labels = np.arange(count) % SYNTHETIC_CLASSES
+        self.classes = [f"{label:04d}" for label in range(1000)]
+        self.labels = np.arange(count) % len(self.classes)
 
     def __len__(self):
         return len(self.labels)
 
     def read(self, index, plan, size):
-        noise = np.random.RandomState(index).bytes(size * size * 3)
-        return np.frombuffer(noise, np.uint8).reshape(size, size, 3)
+        return np.frombuffer(np.random.RandomState(index).bytes(size * size * 3), np.uint8).reshape(size, size, 3)
+
+
+def open_folder(flags, name):
+    return Folder(os.path.join(flags.data, name), os.path.join(flags.output_dir, f"index-{name}.npz"))
+
+
+def open_images(flags):
+    """(training images, or None where nothing is trained; validation images). Raises Fault where a folder has the wrong
+    shape, or the two have different classes."""
+    if flags.synthetic:
+        return Synthetic(flags.synthetic), Synthetic(flags.synthetic)
+    train, val = (class_names(os.path.join(flags.data, name)) for name in ("train", "val"))
+    if train != val:
+        odd = min(set(train) ^ set(val))
+        raise Fault(f"train/ has {len(train)} classes and val/ {len(val)}, which must be the same: {odd!r} is only in "
+                    "one of them")
+    val = open_folder(flags, "val")
+    return None if flags.evaluate else open_folder(flags, "train"), val
 
 
 def train_plan(size, least_area, rng):
@@ -739,12 +737,14 @@ def train_plan(size, least_area, rng):
         for _ in range(10):
             area = width * height * rng.uniform(least_area, 1)
             ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-            w, h = int(round(math.sqrt(area * ratio))), int(round(math.sqrt(area / ratio)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
-                return (rng.randint(0, width - w), rng.randint(0, height - h), w, h), (size, size), (0, 0)
-        # the largest centred crop of an allowed shape
-        w, h = min(width, int(round(height * 4 / 3))), min(height, int(round(width * 4 / 3)))
-        return ((width - w) // 2, (height - h) // 2, w, h), (size, size), (0, 0)
+                left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+                break
+        else:  # the largest centred crop of an allowed shape
+            w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+            left, top = (width - w) // 2, (height - h) // 2
+        return (left, top, w, h), (size, size), (0, 0)
 
     return plan
 
@@ -753,28 +753,22 @@ def val_plan(resize, size):
     """Resize of the shorter side, then CenterCrop, as a plan (see ``train_plan``)."""
 
     def plan(width, height):
-        short = min(width, height)
-        resized = (int(resize * width / short), int(resize * height / short))
-        return (0, 0, width, height), resized, tuple(int(round((side - size) / 2)) for side in resized)
+        resized = [int(resize * side / min(width, height)) for side in (width, height)]
+        return (0, 0, width, height), resized, [round((side - size) / 2) for side in resized]
 
     return plan
 
 
 def read_image(path, plan, size):
-    """The crop that ``plan`` takes of an image file: uint8 [size, size, 3], antialiased bilinear.
-
-    EXIF rotation is ignored, as torchvision ignores it.
-
-    Raises:
-        OSError, ValueError: the file can't be decoded.
-    """
+    """The crop that ``plan`` takes of an image file: uint8 [size, size, 3], antialiased bilinear. EXIF rotation is
+    ignored, as torchvision ignores it. Raises OSError or ValueError where the file can't be decoded."""
     with open(path, "rb") as file:
         data = file.read()
     decode = fast_decoder()
     # Past this size it is likely a photo that is worth decoding at a fraction of its size, which only Pillow does.
     if decode and data[:3] == b"\xff\xd8\xff" and len(data) < 2 ** 18:
         with contextlib.suppress(RuntimeError):  # CMYK, or broken: let Pillow say
-            return resize_fast(decode(data), plan, size)
+            return crop_with_torch(decode(data), plan, size)
     try:
         return read_with_pillow(data, plan, size)
     except (OSError, ValueError):
@@ -792,16 +786,11 @@ def fast_decoder():
         F.interpolate(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), (2, 2), mode="bilinear", antialias=True)
     except (ImportError, RuntimeError, TypeError):
         return None
-
-    def decode(data):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-
-    return decode
+    warnings.filterwarnings("ignore", module="torchvision")  # from 0.29 on the decoder is deprecated
+    return lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
-def resize_fast(image, plan, size):
+def crop_with_torch(image, plan, size):
     """The crop of a decoded image [3, H, W]: uint8 [size, size, 3]."""
     (left, top, w, h), (width, height), (x, y) = plan(image.shape[2], image.shape[1])
     region = image[None, :, top:top + h, left:left + w]
@@ -815,11 +804,11 @@ def read_with_pillow(data, plan, size):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd EXIF, odd transparency
         image = Image.open(io.BytesIO(data))
-        box, resized, corner = plan(*image.size)
+        whole = image.size
+        box, resized, corner = plan(*whole)
         # The part of the image that the crop is made of, in the image's own pixels: one resize does all.
         scale = box[2] / resized[0], box[3] / resized[1]
         left, top = (box[i] + corner[i] * scale[i] for i in (0, 1))
-        whole = image.size
         # JPEG decodes at 1/2, 1/4 or 1/8 in less time; at twice the crop's resolution the difference can't be seen.
         image.draft("RGB", tuple(int(2 * s / max(2, min(scale))) for s in whole))
         image = to_rgb(image)
@@ -832,12 +821,10 @@ def read_with_pillow(data, plan, size):
 def to_rgb(image):
     """Any mode that Pillow decodes, as RGB: 16-bit scaled to 8, transparency over white."""
     if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255
-        levels = np.asarray(image).astype(np.int64)
-        return Image.fromarray((levels.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -845,14 +832,13 @@ class ImageBatches(torch.utils.data.Dataset):
     """Whole batches: ``self[epoch, indices]`` is (images uint8 [n, size, size, 3], labels int64 [n], bad indices).
 
     What is done to an image depends on (seed, epoch, index) alone, so that any number of workers gives the same
-    batches. In training an image that can't be read gives its place to another of its class; in evaluation to an
-    empty one with label -1, which no prediction matches.
+    batches. In training an image that can't be read gives its place to another of its class; in evaluation (no seed) to
+    an empty one with label -1, which no prediction matches.
     """
 
-    def __init__(self, images, flags, seed, train):
-        self.images, self.seed, self.train = images, seed, train
-        self.size = flags.train_crop_size if train else flags.val_crop_size
-        self.resize, self.least_area = flags.val_resize_size, flags.train_crop_scale
+    def __init__(self, images, flags, seed):
+        self.images, self.flags, self.seed, self.train = images, flags, seed, seed is not None
+        self.size = flags.train_crop_size if self.train else flags.val_crop_size
 
     def __getitem__(self, key):
         epoch, indices = key
@@ -862,9 +848,8 @@ class ImageBatches(torch.utils.data.Dataset):
             block = torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
         else:
             block = torch.empty(shape, dtype=torch.uint8)
-        rows, labels, bad = block.numpy(), torch.zeros(len(indices), dtype=torch.int64), []
+        rows, labels, bad = block.numpy(), torch.from_numpy(self.images.labels[indices]), []
         for row, index in enumerate(indices):
-            labels[row] = int(self.images.labels[index])
             try:
                 rows[row] = self.load(epoch, index)
             except (OSError, ValueError):
@@ -877,30 +862,29 @@ class ImageBatches(torch.utils.data.Dataset):
 
     def load(self, epoch, index):
         if not self.train:
-            return self.images.read(index, val_plan(self.resize, self.size), self.size)
+            return self.images.read(index, val_plan(self.flags.val_resize_size, self.size), self.size)
         rng = random.Random(((self.seed << 20) + epoch << 40) + int(index))
-        image = self.images.read(index, train_plan(self.size, self.least_area, rng), self.size)
+        image = self.images.read(index, train_plan(self.size, self.flags.train_crop_scale, rng), self.size)
         return image[:, ::-1] if rng.random() < 0.5 else image
 
     def load_substitute(self, epoch, index):
-        for other in self.images.substitute(index):
+        """The next image of the same class that can be read."""
+        same = np.flatnonzero(self.images.labels == self.images.labels[index])
+        for other in np.roll(same, -np.searchsorted(same, index))[1:]:
             with contextlib.suppress(OSError, ValueError):
                 return self.load(epoch, other)
-        raise Fault(f"no image of class {self.images.classes[self.images.labels[index]]!r} can be read: {self.images.path(index)}")
+        name = self.images.classes[self.images.labels[index]]
+        raise Fault(f"no image of class {name!r} can be read: {self.images.path(index)}")
 
 
 class BatchOrder(torch.utils.data.Sampler):
     """The keys of ``ImageBatches`` for one process. Training: full batches in an order that depends on (seed, epoch)
-    alone, from ``first`` images on. Evaluation: every image once, shared out without padding."""
+    alone, from ``first`` images on. Evaluation (no seed): every image once, shared out without padding."""
 
     def __init__(self, count, batch_size, runtime, seed=None):
         self.count, self.batch_size, self.runtime, self.seed = count, batch_size, runtime, seed
+        self.total = batch_size * runtime.world_size  # images a step, all processes
         self.epoch, self.first = 0, 0
-
-    @property
-    def total(self):
-        """Images a step, all processes."""
-        return self.batch_size * self.runtime.world_size
 
     def __len__(self):
         """Steps that all processes take together; in evaluation some may have nothing left for the last."""
@@ -911,13 +895,28 @@ class BatchOrder(torch.utils.data.Sampler):
         rank, world, size = self.runtime.rank, self.runtime.world_size, self.batch_size
         if self.seed is None:
             mine = np.arange(self.first + rank, self.count, world)
-            for first in range(0, len(mine), size):
-                yield self.epoch, mine[first:first + size]
-            return
-        order = np.random.RandomState([self.seed, self.epoch]).permutation(self.count)[self.first:]
-        for step in range(len(self)):
-            first = step * self.total + rank * size
-            yield self.epoch, order[first:first + size]
+        else:
+            order = np.random.RandomState([self.seed, self.epoch]).permutation(self.count)[self.first:]
+            mine = order[:len(self) * self.total].reshape(len(self), world, size)[:, rank].ravel()
+        for first in range(0, len(mine), size):
+            yield self.epoch, mine[first:first + size]
+
+
+def make_loader(images, flags, runtime, batch_size, workers, seed=None):
+    """The loader of batches of images: for training where a seed is given, else for evaluation."""
+    order = BatchOrder(len(images), batch_size, runtime, seed)
+    there = accepts(torch.utils.data.DataLoader.__init__, "persistent_workers")
+    options = {"persistent_workers": True} if workers and there else {}
+    loader = torch.utils.data.DataLoader(
+        ImageBatches(images, flags, seed), batch_size=None, sampler=order, num_workers=workers,
+        pin_memory=runtime.kind.name != "cpu", worker_init_fn=quiet_worker, **options)
+    if options:
+        # Starts the processes now, with nothing to fetch yet. After the first steps they would be born with the memory
+        # of these, which would then be there twice, and no longer in large pages (Linux copies it piece by piece).
+        order.first = order.count
+        iter(loader)
+        order.first = 0
+    return loader
 
 
 def quiet_worker(index):
@@ -935,77 +934,41 @@ def end_loaders():
         child.kill()
 
 
-def make_loader(batches, order, workers, runtime):
-    options = {"num_workers": workers, "pin_memory": runtime.kind.name != "cpu"}
-    if workers and accepts(torch.utils.data.DataLoader.__init__, "persistent_workers"):
-        options["persistent_workers"] = True
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=order, worker_init_fn=quiet_worker, **options)
-    if "persistent_workers" in options:
-        # Starts the processes now, with nothing to fetch yet. After the first steps they would be born with the memory
-        # of these, which would then be there twice, and no longer in large pages (Linux copies it piece by piece).
-        order.first = order.count
-        iter(loader)
-        order.first = 0
-    return loader
-
-
-def open_folder(flags, name):
-    return Folder(os.path.join(flags.data, name), os.path.join(flags.output_dir, f"index-{name}.npz"))
-
-
-def open_images(flags):
-    """(training images, or None where nothing is trained; validation images).
-
-    Raises:
-        Fault: a folder has the wrong shape, or the two have different classes.
-    """
-    if flags.synthetic:
-        return Synthetic(flags.synthetic), Synthetic(flags.synthetic)
-    train, val = (class_names(os.path.join(flags.data, name)) for name in ("train", "val"))
-    if train != val:
-        odd = sorted(set(train) ^ set(val))
-        raise Fault(f"train/ has {len(train)} classes and val/ {len(val)}, which must be the same: {odd[0]!r} is only in one of them")
-    val = open_folder(flags, "val")
-    train = None if flags.evaluate else open_folder(flags, "train")
-    return train, val
-
-
 def to_device(loader, runtime, dtype):
     """The loader's batches on the device: (images dtype [n, 3, S, S] normalised, labels [n], bad indices).
 
     Images travel as uint8, from pinned memory, on a stream of their own: one batch moves while another is computed on.
     """
-    device, module, last = runtime.device, runtime.module, torch.channels_last
+    device, module = runtime.device, runtime.module
     mean = torch.tensor([255 * m for m in MEAN], device=device).view(1, 3, 1, 1)
     scale = torch.tensor([1 / (255 * s) for s in STD], device=device).view(1, 3, 1, 1)
     stream = module.Stream() if module else None
-    label_dtype = torch.int64
-    if runtime.kind.name == "npu" and not hasattr(torch, "autocast"):
-        label_dtype = torch.int32  # what Ascend's loss took in torch's first generations
+    # Ascend's loss took 32 bits in torch's first generations.
+    old_npu = runtime.kind.name == "npu" and not hasattr(torch, "autocast")
+    label_dtype = torch.int32 if old_npu else torch.int64
 
     def move(batch):
         images, labels, bad = batch
         with module.stream(stream) if module else contextlib.nullcontext():
             return images.to(device, non_blocking=True), labels.to(device, label_dtype, non_blocking=True), bad
 
-    def finish(moved):
-        images, labels, bad = moved
+    def finish(images, labels, bad):
         if module:
             module.current_stream().wait_stream(stream)
             images.record_stream(module.current_stream())
             labels.record_stream(module.current_stream())
         images = images.permute(0, 3, 1, 2)
-        images = images.to(torch.float32) if runtime.channels_last else images.contiguous().to(torch.float32)
-        return ((images - mean) * scale).to(dtype), labels, bad
+        if not runtime.channels_last:
+            images = images.contiguous()
+        return ((images.float() - mean) * scale).to(dtype), labels, bad
 
-    ahead = None
+    ahead = []
     for batch in loader:
-        moved = move(batch)
-        if ahead is not None:
-            yield finish(ahead)
-        ahead = moved
-    if ahead is not None:
-        yield finish(ahead)
+        ahead.append(move(batch))
+        if len(ahead) > 1:
+            yield finish(*ahead.pop(0))
+    for moved in ahead:
+        yield finish(*moved)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1265,8 +1228,8 @@ class Run:
     precision: Precision
     model: torch.nn.Module
     val_loader: torch.utils.data.DataLoader
-    bad: "BadImages"
     log: "Log"
+    bad: set = field(default_factory=set)  # paths of the images that can't be read
     progress: Progress = field(default_factory=Progress)
     train_model: torch.nn.Module = None
     optimizer: torch.optim.Optimizer = None
@@ -1283,7 +1246,7 @@ def train_epoch(run):
         Stopped: a signal came; the run is saved.
         Fault: the loss is not finite, too many images can't be read, or another process is gone.
     """
-    flags, progress, team, order = run.flags, run.progress, run.team, run.train_loader.sampler
+    flags, progress, order = run.flags, run.progress, run.train_loader.sampler
     order.epoch, order.first = progress.epoch, progress.images
     done, steps = progress.images // order.total, progress.images // order.total + len(order)
     run.model.train(not flags.freeze_bn)
@@ -1303,9 +1266,7 @@ def train_epoch(run):
         progress.images += order.total
         meter.add(step, lr, loss.detach(), *counts_correct(logits.detach(), labels))
 
-        stop, most_bad = team.poll(len(bad))
-        if most_bad:
-            run.bad.share(order, run.train_loader.dataset.images, bad, most_bad)
+        stop = share_news(run, run.train_loader, bad)
         if step % flags.print_freq == 0:
             meter.print_step(step)
         if stop or (flags.save_freq and (progress.epoch * steps + step + 1) % flags.save_freq == 0):
@@ -1347,9 +1308,7 @@ def evaluate(run):
                 loss = F.nll_loss(F.log_softmax(logits, 1), labels, ignore_index=-1, reduction="sum")
                 sums += torch.stack((loss,) + counts_correct(logits, labels))
             seen, readable = seen + len(labels), readable + len(labels) - len(bad)
-        stop, most_bad = team.poll(len(bad))
-        if most_bad:
-            run.bad.share(order, run.val_loader.dataset.images, bad, most_bad)
+        stop = share_news(run, run.val_loader, bad)
         if stop:
             raise Stopped(stop)
         if step % flags.print_freq == 0 and seen:
@@ -1651,59 +1610,6 @@ def restore_processes(run, checkpoint):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bad images
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def why_bad(images, index):
-    """The decoder's reason, in one line; the loaders hand over only which images they could not read."""
-    try:
-        images.read(index, val_plan(64, 64), 64)
-    except (OSError, ValueError) as error:
-        return first_line(error).replace("\t", " ")
-    return "could not be read before, and can now"
-
-
-class BadImages:
-    """The images that can't be read, known to all processes, and named once in the log and in bad_images.txt."""
-
-    def __init__(self, flags, runtime, team, log):
-        self.flags, self.runtime, self.team, self.log = flags, runtime, team, log
-        self.known = set()
-        self.file = os.path.join(flags.output_dir, "bad_images.txt")
-        self.named = set()
-        if os.path.exists(self.file):
-            with open(self.file, encoding="utf-8", errors="surrogateescape") as lines:
-                self.named = {line.rstrip("\n").split("\t")[0] for line in lines}
-
-    def share(self, order, images, mine, most):
-        """Every process hands in its bad indices of a step, ``most`` at most.
-
-        Raises:
-            Fault: there are more than --max-bad.
-        """
-        row = torch.full((most,), -1, dtype=torch.int64)
-        row[:len(mine)] = torch.tensor(list(mine), dtype=torch.int64)
-        for index in sorted(set(self.team.gather(row).flatten().tolist()) - {-1}):
-            path = images.path(index)
-            if path not in self.known and self.runtime.is_main:
-                self.name(images, index, path)
-            self.known.add(path)
-        limit = self.flags.max_bad if self.flags.max_bad is not None else max(10, order.count // 1000)
-        if len(self.known) > limit:
-            raise Fault(f"{len(self.known)} images can't be read, more than --max-bad {limit}: see {self.file}")
-
-    def name(self, images, index, path):
-        reason = why_bad(images, index)
-        printable = path.encode("unicode_escape", "surrogateescape").decode() if not path.isprintable() else path
-        self.log.line(f"=> can't read {printable}: {reason}")
-        if printable not in self.named:
-            self.named.add(printable)
-            with open(self.file, "a", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(f"{printable}\t{reason}\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Metering
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1735,14 +1641,51 @@ class Log:
             self.events.flush()
 
 
+def why_bad(images, index):
+    """The decoder's reason, in one line; the loaders hand over only which images they could not read."""
+    try:
+        images.read(index, val_plan(64, 64), 64)
+    except (OSError, ValueError) as error:
+        return first_line(error).replace("\t", " ")
+    return "could not be read before, and can now"
+
+
+def share_news(run, loader, mine):
+    """What the processes tell each other after a step: the signal that any has had (0: none), and the images that any
+    could not read (``mine``: this one's indices), each named once in the log and in bad_images.txt. Raises Fault where
+    there are more of them than --max-bad, or the file can't be written."""
+    stop, most = run.team.poll(len(mine))
+    if not most:
+        return stop
+    images, row = loader.dataset.images, torch.tensor(list(mine) + [-1] * (most - len(mine)))
+    listed = os.path.join(run.flags.output_dir, "bad_images.txt")
+    for index in sorted(set(run.team.gather(row).flatten().tolist()) - {-1}):
+        path = images.path(index)
+        if path not in run.bad and run.runtime.is_main:
+            name = path if path.isprintable() else path.encode("unicode_escape").decode()
+            reason = why_bad(images, index)
+            run.log.line(f"=> can't read {name}: {reason}")
+            try:
+                with open(listed, "a+", encoding="utf-8", errors="surrogateescape") as file:
+                    file.seek(0)
+                    if name not in {line.split("\t")[0] for line in file}:  # of an earlier start of the run
+                        file.write(f"{name}\t{reason}\n")
+            except OSError as error:
+                raise Fault(f"can't write {listed}: {first_line(error)}. Give another --output-dir")
+        run.bad.add(path)
+    limit = run.flags.max_bad if run.flags.max_bad is not None else max(10, len(images) // 1000)
+    if len(run.bad) > limit:
+        raise Fault(f"{len(run.bad)} images can't be read, more than --max-bad {limit}: see {listed}")
+    return stop
+
+
 class Meter:
     """The figures of one epoch. It reads back from the device only when it prints or when the run is saved."""
 
     def __init__(self, run, steps):
         self.run, self.steps, self.unread, self.overflows = run, steps, [], 0
-        self.total = run.train_loader.sampler.total
-        left = steps - run.progress.images // self.total
-        self.skip = 0 if run.steady_seconds else min(SKIPPED_STEPS, left // 2)
+        order = run.train_loader.sampler
+        self.total, self.skip = order.total, 0 if run.steady_seconds else min(SKIPPED_STEPS, len(order) // 2)
         self.taken, self.waited = 0, 0.0
         self.begin = self.printed = self.steady = self.mark()
 
@@ -1752,8 +1695,8 @@ class Meter:
 
     def since(self, mark):
         """(seconds a step, seconds of waiting a step)."""
-        steps = max(1, self.taken - mark[1])
-        return (time.time() - mark[0]) / steps, (self.waited - mark[2]) / steps
+        begin, taken, waited = mark
+        return (time.time() - begin) / (self.taken - taken), (self.waited - waited) / (self.taken - taken)
 
     def wait_for(self, batches):
         begin = time.time()
@@ -1770,22 +1713,19 @@ class Meter:
             self.steady = self.mark()
 
     def read(self):
-        """Adds to the sums what has come since the last time, and gives the last step's [loss, top 1, top 5].
-
-        Raises:
-            Fault: a loss is not finite.
-        """
-        if not self.unread:
-            return None
-        values = torch.stack([figures for _, _, figures in self.unread]).tolist()
-        sums, scales = self.run.progress.sums, self.run.precision.scales
-        for (step, lr, _), figures in zip(self.unread, values):
-            finite = math.isfinite(figures[0])
+        """Adds to the sums what has come since the last time; gives the last step's [loss, top 1, top 5], if any.
+        Raises Fault where a loss is not finite."""
+        values = torch.stack([figures for _, _, figures in self.unread]).tolist() if self.unread else [None]
+        progress, scales = self.run.progress, self.run.precision.scales
+        for (step, lr, _), (loss, top1, top5) in zip(self.unread, values):
+            finite = math.isfinite(loss)
             self.overflows = 0 if finite else self.overflows + 1
             if not finite and (not scales or self.overflows >= OVERFLOWS):
-                raise Fault(f"the loss is {figures[0]} at epoch {self.run.progress.epoch} step {step} (lr {lr:.6g}){(f', as in the {OVERFLOWS - 1} steps before it' if scales else '')}; {last_good(self.run.flags.output_dir)}. Try a lower --lr or a longer --warmup")
-            for place, value in enumerate(figures + [1]):
-                sums[place] += value if finite or place else 0.0
+                before = f", as in the {OVERFLOWS - 1} steps before it" if scales else ""
+                raise Fault(f"the loss is {loss} at epoch {progress.epoch} step {step} (lr {lr:.6g}){before}; "
+                            f"{last_good(self.run.flags.output_dir)}. Try a lower --lr or a longer --warmup")
+            added = (loss if finite else 0.0, top1, top5, 1)
+            progress.sums = [total + value for total, value in zip(progress.sums, added)]
         self.unread = []
         return values[-1]
 
@@ -1793,18 +1733,18 @@ class Meter:
         """The line every --print-freq steps: each figure of now, and in brackets its average over the epoch. The
         figures of training are this process's, the FPS those of all."""
         loss, top1, top5 = self.read()
-        run, batch = self.run, self.run.train_loader.sampler.batch_size
-        mean = [s / run.progress.sums[3] for s in run.progress.sums]
+        run, progress, batch = self.run, self.run.progress, self.run.train_loader.sampler.batch_size
+        mean_loss, mean1, mean5 = (total / progress.sums[3] for total in progress.sums[:3])
         (seconds, wait), (mean_seconds, mean_wait) = self.since(self.printed), self.since(self.begin)
         steady = self.since(self.steady)[0] if self.taken > self.skip else mean_seconds
-        left = self.steps - step - 1 + self.steps * (run.flags.epochs - run.progress.epoch - 1)
+        left = self.steps - step - 1 + self.steps * (run.flags.epochs - progress.epoch - 1)
         run.log.line("\t".join([
-            "Epoch: [{}][{:{}d}/{}]".format(run.progress.epoch, step, len(str(self.steps)), self.steps),
+            f"Epoch: [{progress.epoch}][{step:{len(str(self.steps))}d}/{self.steps}]",
             f"Time {seconds:6.3f} ({mean_seconds:6.3f})",
             f"Data {wait:6.3f} ({mean_wait:6.3f})",
-            f"Loss {loss:.4f} ({mean[0]:.4f})",
-            f"Acc@1 {100 * top1 / batch:6.2f} ({100 * mean[1] / batch:6.2f})",
-            f"Acc@5 {100 * top5 / batch:6.2f} ({100 * mean[2] / batch:6.2f})",
+            f"Loss {loss:.4f} ({mean_loss:.4f})",
+            f"Acc@1 {100 * top1 / batch:6.2f} ({100 * mean1 / batch:6.2f})",
+            f"Acc@5 {100 * top5 / batch:6.2f} ({100 * mean5 / batch:6.2f})",
             f"ETA {datetime.timedelta(seconds=int(left * steady))}",
             f"FPS {self.total / seconds:.2f} ( {self.total / steady:.2f} )"]))
         self.printed = self.mark()
@@ -1820,41 +1760,42 @@ class Meter:
         loss, top1, _, steps, waited = run.team.sum(run.progress.sums + [self.waited])
         share = waited / run.team.size / seconds
         if share > 0.1:
-            run.log.line(f"=> {100 * share:.0f} % of epoch {run.progress.epoch} was spent waiting for images: raise --workers (now {loader.num_workers}){'' if loader.num_workers < usable_cores() else ', or give the machine more or faster cores'}")
+            more = "" if loader.num_workers < usable_cores() else ", or give the machine more or faster cores"
+            run.log.line(f"=> {100 * share:.0f} % of epoch {run.progress.epoch} was spent waiting for images: "
+                         f"raise --workers (now {loader.num_workers}){more}")
         return {"train_loss": loss / steps, "train_acc1": 100 * top1 / steps / loader.sampler.batch_size,
                 "fps": images / steady, "seconds": seconds, "data_wait": share}
 
 
 def write_metrics(flags, rows):
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
-    table.writerows([row["epoch"]] + [f"{row[name]:.6g}" for name in COLUMNS[1:]] for row in rows)
-    write_file(text.getvalue().encode(), os.path.join(flags.output_dir, "metrics.csv"))
+    lines = [COLUMNS] + [[str(row["epoch"])] + [f"{row[name]:.6g}" for name in COLUMNS[1:]] for row in rows]
+    write_file("".join(",".join(line) + "\n" for line in lines).encode(), os.path.join(flags.output_dir, "metrics.csv"))
 
 
-def profile(run, warm=3, steps=5):
+def profile(run):
     """Profiles a few training steps: a Chrome trace in --output-dir, and the ten costliest operators on the log."""
-    path = os.path.join(run.flags.output_dir, "trace.json")
-    profiler = torch.autograd.profiler.profile
-    options = {}
-    if run.runtime.kind.module:
-        name = run.runtime.kind.module
-        options = {"use_device": name} if accepts(profiler.__init__, "use_device") else {"use_" + name: True}
+    warm, steps, there = 3, 5, len(run.train_loader.sampler)
+    if there < warm + steps:
+        raise Fault(f"--run-prof needs {warm + steps} steps, the data has {there}: lower --batch-size")
     batches = to_device(run.train_loader, run.runtime, run.precision.input_dtype)
     run.model.train()
-    with contextlib.ExitStack() as stack:
-        for step, (images, labels, _) in zip(range(warm + steps), batches):
-            if step == warm:
-                record = stack.enter_context(profiler(**options))
+
+    def take(steps):
+        for _ in range(steps):
+            images, labels, _ = next(batches)
             with run.precision.autocast():
                 loss = smoothed_cross_entropy(run.train_model(images), labels, run.flags.label_smoothing)
             run.precision.backward_and_step(loss, run.model, run.optimizer)
-        else:
-            run.runtime.synchronize()
-    if step < warm + steps - 1:
-        raise Fault(f"--run-prof needs {warm + steps} steps, the data has {step + 1}: lower --batch-size")
+        run.runtime.synchronize()
+
+    take(warm)
+    profiler, name, options = torch.autograd.profiler.profile, run.runtime.kind.module, {}
+    if name:
+        options = {"use_device": name} if accepts(profiler.__init__, "use_device") else {"use_" + name: True}
+    with profiler(**options) as record:
+        take(steps)
     if run.runtime.is_main:
+        path = os.path.join(run.flags.output_dir, "trace.json")
         record.export_chrome_trace(path)
         print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=10))
         print(f"=> {steps} steps profiled; open {path} in chrome://tracing", flush=True)
@@ -1941,17 +1882,13 @@ def prepare(flags, runtime, team, notes, checkpoint, path):
         load_weights(model, checkpoint, path)
     memory_kept = keep_freed_memory(runtime.local_size) if runtime.kind.name == "cpu" else None
     log.line(describe_speed(runtime, memory_kept, precision.conv_dtype))
-
-    def loader(images, order):
-        return make_loader(ImageBatches(images, flags, seed, train=order.seed is not None), order, workers, runtime)
-
-    run = Run(flags, runtime, team, precision, model, loader(val_images, BatchOrder(len(val_images), batch, runtime)),
-              BadImages(flags, runtime, team, log), log, seed=seed)
+    run = Run(flags, runtime, team, precision, model, make_loader(val_images, flags, runtime, batch, workers), log,
+              seed=seed)
     if not flags.evaluate:
-        order = BatchOrder(len(train_images), batch, runtime, seed)
-        if order.count < order.total:
-            raise Fault(f"{order.count} training images are fewer than the {order.total} of one step: lower --batch-size")
-        run.train_loader = loader(train_images, order)
+        total = batch * runtime.world_size
+        if len(train_images) < total:
+            raise Fault(f"{len(train_images)} training images are fewer than the {total} of one step: lower --batch-size")
+        run.train_loader = make_loader(train_images, flags, runtime, batch, workers, seed)
     return run
 
 
@@ -2036,8 +1973,7 @@ def check_data(flags):
     workers = flags.workers if flags.workers is not None else usable_cores()
     for name in ("train", "val"):
         images, done, begin = open_folder(flags, name), 0, time.monotonic()
-        order = BatchOrder(len(images), 64, runtime)
-        for _, labels, bad in make_loader(ImageBatches(images, flags, 0, train=False), order, workers, runtime):
+        for _, labels, bad in make_loader(images, flags, runtime, 64, workers):
             done, found = done + len(labels), found + len(bad)
             for index in bad:
                 print(f"bad: {ascii(images.path(index))[1:-1]}\t{why_bad(images, index)}")
