@@ -978,8 +978,7 @@ def to_device(loader, runtime, dtype):
 
 def build_model(flags, runtime, num_classes, dtype=torch.float32):
     """The network on its device; ``dtype`` is what its convolutions are to compute in."""
-    model = getattr(mnasnet, flags.arch)(num_classes=num_classes, dropout=flags.dropout,
-                                        bn_momentum=flags.bn_momentum)
+    model = getattr(mnasnet, flags.arch)(num_classes=num_classes, dropout=flags.dropout, bn_momentum=flags.bn_momentum)
     if runtime.kind.name == "cpu":
         if pads_wrongly():
             replace_depthwise(model, padded_depthwise)
@@ -998,10 +997,17 @@ def replace_depthwise(model, forward):
             module.forward = functools.partial(forward, module)
 
 
+def replace_relu(model):
+    """Has ReLU compute as LeakyReLU of slope 0, which gives the same numbers, NaN included. In place on bfloat16 images
+    on the CPU it takes a third of the time (64 x 72 x 56 x 56: 3 ms, not 10), 6 % of a training step."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.forward = functools.partial(F.leaky_relu_, negative_slope=0.0)
+
+
 def pads_wrongly():
     """Whether this torch's depthwise convolution, on the CPU at stride 2, has wrong gradients of its weights (pytorch
-    issue 50042). The oneDNN of torch 1.5 and 1.8 has; 1.8 avoids it where channels are a multiple of 24, as here, by
-    a loop over the channels."""
+    issue 50042), as in torch 1.5 and 1.8; 1.8 avoids it for multiples of 24 channels, by a loop over them."""
     weight = torch.zeros(8, 1, 3, 3, requires_grad=True)
     F.conv2d(torch.ones(1, 8, 6, 6), weight, stride=2, padding=1, groups=8).sum().backward()
     return weight.grad[0, 0].tolist() != [[4, 6, 6], [6, 9, 9], [6, 9, 9]]
@@ -1016,12 +1022,29 @@ def padded_depthwise(conv, images):
                                     conv.stride, conv.dilation, conv.groups)
 
 
+def has_fast_depthwise(dtype):
+    """Whether ``fast_depthwise`` is of use: this torch can ask for one gradient alone (1.11 and later), and the CPU
+    computes in ``dtype``. Not timed: two runs of one seed could then differ."""
+    try:
+        torch.ops.aten.convolution_backward
+        return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def fast_depthwise(dtype, conv, images):
+    """``conv`` in ``dtype``, which is autocast's or the model's own, with the gradients of ``FastDepthwise``."""
+    if not torch.is_grad_enabled():
+        return torch.nn.Conv2d.forward(conv, images)
+    return FastDepthwise.apply(images.to(dtype), conv.weight.to(dtype), conv.stride, conv.padding)
+
+
 class FastDepthwise(torch.autograd.Function):
     """A depthwise convolution of images [N, C, H, W] and weights [C, 1, K, K] on the CPU, in bfloat16 or fp32.
 
-    oneDNN has no fast kernel for some of its gradients, which are computed in another way here: that of 5x5 weights as
-    two of 5x3 weights (in fp32 at stride 1 only), and that of bfloat16 images at stride 2 in fp32. A step (224 px, batch
-    64) took in bfloat16 0.49 times as long as with oneDNN's own gradients, in fp32 0.97 times.
+    oneDNN has no fast kernel for some gradients, which are computed in another way here: that of 5x5 weights as two of
+    5x3 weights (in fp32 at stride 1 only), and that of bfloat16 images at stride 2 in fp32. A step (224 px, batch 64)
+    took in bfloat16 0.49 times as long as with oneDNN's own gradients, in fp32 0.97 times.
     """
 
     @staticmethod
@@ -1034,19 +1057,16 @@ class FastDepthwise(torch.autograd.Function):
     def backward(ctx, toward):
         (images, weight), stride, padding = ctx.saved_tensors, ctx.stride, ctx.padding
         toward = toward.contiguous(memory_format=torch.channels_last)  # a mean's gradient comes in a slow layout
-        low = images.dtype == torch.bfloat16
 
         def gradient(which, toward, images, weight, padding):
-            return torch.ops.aten.convolution_backward(
-                toward, images, weight, None, stride, padding, [1, 1], False, [0, 0], len(weight),
-                [which == 0, which == 1, False])[which]
+            wanted = [which == 0, which == 1, False]
+            return torch.ops.aten.convolution_backward(toward, images, weight, None, stride, padding, [1, 1], False,
+                                                       [0, 0], len(weight), wanted)[which]
 
-        if low and stride[0] > 1:
-            shape = torch.empty_like(images, dtype=torch.float32)  # not read
-            of_images = gradient(0, toward.float(), shape, weight.float(), padding).to(images.dtype)
-        else:
-            of_images = gradient(0, toward, images, weight, padding)
-        if weight.shape[3] == 3 or (stride[0] > 1 and not low):
+        dtype = torch.float32 if stride[0] > 1 else images.dtype
+        shape = torch.empty_like(images, dtype=dtype)  # not read
+        of_images = gradient(0, toward.to(dtype), shape, weight.to(dtype), padding).to(images.dtype)
+        if weight.shape[3] == 3 or (stride[0] > 1 and images.dtype == torch.float32):
             return of_images, gradient(1, toward, images, weight, padding), None, None
         of_weight = torch.empty_like(weight)
         reach = stride[1] * (toward.shape[3] - 1) + 3  # columns of the padded images that a kernel 3 wide meets
@@ -1057,43 +1077,15 @@ class FastDepthwise(torch.autograd.Function):
         return of_images, of_weight, None, None
 
 
-def fast_depthwise(dtype, conv, images):
-    """``conv`` in ``dtype``, which is autocast's or the model's own, with the gradients of ``FastDepthwise``."""
-    if not torch.is_grad_enabled():
-        return F.conv2d(images, conv.weight, conv.bias, conv.stride, conv.padding, 1, conv.groups)
-    return FastDepthwise.apply(images.to(dtype), conv.weight.to(dtype), conv.stride, conv.padding)
-
-
-def has_fast_depthwise(dtype):
-    """Whether ``fast_depthwise`` is of use: this torch can ask for one gradient alone (1.11 and later), and the CPU
-    computes in ``dtype``. Not timed: two runs of one seed could then differ."""
-    try:
-        torch.ops.aten.convolution_backward
-        return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    except (AttributeError, RuntimeError):
-        return False
-
-
-def replace_relu(model):
-    """Has ReLU compute as LeakyReLU of slope 0, which gives the same numbers, NaN included. In place on bfloat16 images
-    on the CPU it takes a third of the time (64 x 72 x 56 x 56: 3 ms, not 10), 6 % of a training step."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.ReLU):
-            module.forward = functools.partial(F.leaky_relu_, negative_slope=0.0)
-
-
 def fold_batchnorm(model):
     """A copy for evaluation, with each BatchNorm folded into the weights of the convolution before it: on the CPU 1.4
     times as fast in fp32, with logits that differ by rounding."""
     model = copy.deepcopy(model).eval()
-    for parent in model.modules():
-        layers = list(parent) if isinstance(parent, torch.nn.Sequential) else []
-        for place, (conv, norm) in enumerate(zip(layers, layers[1:]), 1):
-            if isinstance(norm, torch.nn.BatchNorm2d):
-                scale = norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)
-                conv.weight.data *= scale.view(-1, 1, 1, 1)
-                conv.bias = torch.nn.Parameter(norm.bias.detach() - norm.running_mean * scale)
-                parent[place] = torch.nn.Identity()
+    for layers in [module for module in model.modules() if isinstance(module, torch.nn.Sequential)]:
+        for place, layer in enumerate(layers):
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layers[place - 1] = torch.nn.utils.fuse_conv_bn_eval(layers[place - 1], layer)
+                layers[place] = torch.nn.Identity()
     return model
 
 
@@ -1111,28 +1103,18 @@ def build_optimizer(flags, runtime, precision, parameters):
 
 def wrap_for_training(model, flags, runtime, precision):
     """``model``, or where there are several processes a DistributedDataParallel around it; compiled if asked for."""
-    if flags.compile:
-        if not hasattr(torch, "compile"):
-            raise Fault(f"--compile needs torch 2.0 or later, this is torch {torch.__version__}: leave it out")
-        return torch.compile(distribute(model, runtime, precision))
-    return distribute(model, runtime, precision)
-
-
-def distribute(model, runtime, precision):
-    if runtime.world_size == 1:
-        return model
-    ddp = torch.nn.parallel.DistributedDataParallel
-    # The running statistics are averaged before they are used (average_batchnorm), not sent around every step.
-    options = {"broadcast_buffers": False}
-    if accepts(ddp.__init__, "gradient_as_bucket_view") and not precision.apex:  # apex detaches gradients, not views
-        options["gradient_as_bucket_view"] = True
-    if accepts(ddp.__init__, "static_graph"):
-        options["static_graph"] = True
-    if runtime.kind.module:
-        options["device_ids"] = [runtime.device.index]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return ddp(model, **options)
+    if flags.compile and not hasattr(torch, "compile"):
+        raise Fault(f"--compile needs torch 2.0 or later, this is torch {torch.__version__}: leave it out")
+    if runtime.world_size > 1:
+        ddp = torch.nn.parallel.DistributedDataParallel
+        # The running statistics are averaged before they are used (average_batchnorm), not sent around every step;
+        # apex detaches gradients, which it can't where they are views.
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": not precision.apex, "static_graph": True}
+        options = {name: value for name, value in options.items() if accepts(ddp.__init__, name)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = ddp(model, device_ids=[runtime.device.index] if runtime.module else None, **options)
+    return torch.compile(model) if flags.compile else model
 
 
 def learning_rate(flags, epoch):
@@ -1157,31 +1139,22 @@ def counts_correct(logits, labels):
     return hits[:, 0].sum(), hits.sum()
 
 
-def batchnorm_buffers(model):
-    return [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+def average_batchnorm(model, team, sums=()):
+    """Gives all processes the mean of their running statistics, so that they evaluate one and the same model. Returns
+    a row a process: what its own were, then its ``sums``; in float64, which float32 passes through unchanged."""
+    statistics = torch.cat([b for b in model.buffers() if b.is_floating_point()]).cpu().double()
+    rows = team.gather(torch.cat([statistics, torch.tensor(sums, dtype=torch.float64)]))
+    set_batchnorm(model, rows.mean(0))
+    return rows
 
 
-def flat(tensors):
-    """One float64 row on the host; float32 goes there and back unchanged."""
-    return torch.cat([t.detach().flatten().cpu().double() for t in tensors])
-
-
-def unflatten(row, tensors):
-    """Copies a row that ``flat`` made back into tensors of the same shapes."""
-    for tensor, values in zip(tensors, row.split([t.numel() for t in tensors])):
-        tensor.copy_(values.view_as(tensor))
-
-
-def average_batchnorm(model, team):
-    """Gives all processes the mean of their running statistics, so that they evaluate one and the same model."""
-    buffers = batchnorm_buffers(model)
-    unflatten(team.gather(flat(buffers)).mean(0), buffers)
-
-
-def seed_step(*numbers):
-    """Seeds dropout from (seed, epoch, images done, rank): a step draws the same whether or not the run was
-    interrupted before it, without any generator's state in the checkpoint."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+def set_batchnorm(model, row):
+    """Takes the running statistics from a row of ``average_batchnorm``."""
+    first = 0
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(row[first:first + len(buffer)])
+            first += len(buffer)
 
 
 def make_deterministic():
@@ -1203,7 +1176,6 @@ class Stopped(Exception):
     """A signal ended the run after it was saved."""
 
     def __init__(self, signum):
-        super().__init__(signum)
         self.signum = signum
 
 
@@ -1240,25 +1212,22 @@ class Run:
 
 
 def train_epoch(run):
-    """The rest of the current epoch.
-
-    Raises:
-        Stopped: a signal came; the run is saved.
-        Fault: the loss is not finite, too many images can't be read, or another process is gone.
-    """
+    """The rest of the current epoch; gives its part of a row of metrics.csv. Raises Stopped once a signal has come and
+    the run is saved, Fault where the loss is not finite, too many images can't be read or another process is gone."""
     flags, progress, order = run.flags, run.progress, run.train_loader.sampler
     order.epoch, order.first = progress.epoch, progress.images
-    done, steps = progress.images // order.total, progress.images // order.total + len(order)
+    done = progress.images // order.total
+    steps = done + len(order)
     run.model.train(not flags.freeze_bn)
-    run.model.classifier.train()
+    run.model.classifier.train()  # dropout
     meter = Meter(run, steps)
     batches = to_device(run.train_loader, run.runtime, run.precision.input_dtype)
     for step in range(done, steps):
         images, labels, bad = meter.wait_for(batches)
-        lr = learning_rate(flags, progress.epoch + step / steps)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        seed_step(run.seed, progress.epoch, progress.images, run.runtime.rank)
+        lr = run.optimizer.param_groups[0]["lr"] = learning_rate(flags, progress.epoch + step / steps)
+        # Dropout draws the same whether or not the run was interrupted, with no generator's state in the checkpoint.
+        numbers = np.random.SeedSequence((run.seed, progress.epoch, progress.images, run.runtime.rank))
+        torch.manual_seed(int(numbers.generate_state(1)[0]))
         with run.precision.autocast():
             logits = run.train_model(images)
             loss = smoothed_cross_entropy(logits, labels, flags.label_smoothing)
@@ -1283,21 +1252,14 @@ def train_epoch(run):
 
 
 def evaluate(run):
-    """Every validation image once, whatever the number of processes and the batch size.
-
-    Returns loss (cross entropy, without label smoothing), Acc@1 and Acc@5 in per cent, and images per second. An
-    image that can't be read counts as wrong.
-
-    Raises:
-        Stopped: a signal came; nothing is lost, the evaluation starts anew at the next start.
-        Fault: the images counted are not the images there are.
-    """
-    order, flags, team = run.val_loader.sampler, run.flags, run.team
-    model = run.model.eval()
+    """Every validation image once, whatever the number of processes and the batch size; one that can't be read counts
+    as wrong. Returns loss (cross entropy, without label smoothing), Acc@1 and Acc@5 in per cent, and images per second.
+    Raises Stopped where a signal came: the evaluation is done anew at the next start."""
+    order, team, model = run.val_loader.sampler, run.team, run.model.eval()
     if run.precision.level == "O0" and run.runtime.kind.name == "cpu":
         model = fold_batchnorm(model)
-    sums = torch.zeros(3, device=run.runtime.device, dtype=torch.float32)
-    seen, readable, begin, steps = 0, 0, time.time(), len(order)
+    sums = torch.zeros(3, device=run.runtime.device)
+    seen, readable, begin, steps = 0, 0, time.monotonic(), len(order)
     no_grad = getattr(torch, "inference_mode", torch.no_grad)
     batches = to_device(run.val_loader, run.runtime, run.precision.input_dtype)
     for step in range(steps):
@@ -1305,23 +1267,23 @@ def evaluate(run):
         if len(labels):
             with no_grad(), run.precision.autocast():
                 logits = model(images).float()
-                loss = F.nll_loss(F.log_softmax(logits, 1), labels, ignore_index=-1, reduction="sum")
+                loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
                 sums += torch.stack((loss,) + counts_correct(logits, labels))
             seen, readable = seen + len(labels), readable + len(labels) - len(bad)
         stop = share_news(run, run.val_loader, bad)
         if stop:
             raise Stopped(stop)
-        if step % flags.print_freq == 0 and seen:
+        if step % run.flags.print_freq == 0 and seen:
             loss, top1, top5 = sums.tolist()
-            run.log.line("Test: [{:{}d}/{}]\tTime {:6.3f}\tLoss {:.4e}\tAcc@1 {:6.2f}\tAcc@5 {:6.2f}".format(
-                step, len(str(steps)), steps, (time.time() - begin) / (step + 1), loss / max(1, readable),
-                100 * top1 / seen, 100 * top5 / seen))
+            run.log.line(f"Test: [{step:{len(str(steps))}d}/{steps}]\tTime {(time.monotonic() - begin) / (step + 1):6.3f}\t"
+                         f"Loss {loss / max(1, readable):.4e}\tAcc@1 {100 * top1 / seen:6.2f}\t"
+                         f"Acc@5 {100 * top5 / seen:6.2f}")
     loss, top1, top5, seen, readable = team.sum(sums.tolist() + [seen, readable])
     if seen != order.count:
         raise Fault(f"evaluated {seen:.0f} images of {order.count}: this is a bug, please report it")
     acc1, acc5 = 100 * top1 / seen, 100 * top5 / seen
     run.log.line(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} ({top1:.0f} and {top5:.0f} of {seen:.0f} images)")
-    return loss / max(1, readable), acc1, acc5, seen / (time.time() - begin)
+    return loss / max(1, readable), acc1, acc5, seen / (time.monotonic() - begin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1331,44 +1293,30 @@ def evaluate(run):
 
 def checkpoint_path(flags, age=0):
     """The newest checkpoint, or the one ``age`` saves older."""
-    return os.path.join(flags.output_dir, f"checkpoint{(f'-{age}' if age else '')}.pth.tar")
-
-
-def weights_of(run, batchnorm):
-    """The state dict that files hold: fp32 weights, which under O2 are those that the optimiser steps, and the mean
-    ``batchnorm`` statistics of all processes."""
-    state = run.model.state_dict()
-    for (name, _), parameter in zip(run.model.named_parameters(), stepped_parameters(run.optimizer)):
-        state[name] = parameter
-    averaged = dict(zip([n for n in state if n.endswith(("running_mean", "running_var"))], batchnorm))
-    for name, tensor in state.items():
-        tensor = averaged.get(name, tensor).detach().cpu()
-        state[name] = tensor.float().contiguous().clone() if tensor.is_floating_point() else tensor.clone()
-    return state
-
-
-def optimizer_state(optimizer):
-    """Its state dict with parameters numbered in order; torch 1.5 numbers them by their place in memory."""
-    state = optimizer.state_dict()
-    names = [name for group in state["param_groups"] for name in group["params"]]
-    number = {name: place for place, name in enumerate(names)}
-    groups = [dict(group, params=[number[name] for name in group["params"]]) for group in state["param_groups"]]
-    return {"state": {number[name]: value for name, value in state["state"].items()}, "param_groups": groups}
+    return os.path.join(flags.output_dir, f"checkpoint{f'-{age}' if age else ''}.pth.tar")
 
 
 def snapshot(run):
     """All that a run needs to go on, as tensors and plain Python values; every process takes part."""
-    buffers = batchnorm_buffers(run.model)
-    # Each process's own running statistics and sums: what makes a resumed run the same to the last bit.
-    rows = run.team.gather(torch.cat([flat(buffers), torch.tensor(run.progress.sums, dtype=torch.float64)]))
-    averaged = [b.detach().cpu().clone() for b in buffers]
-    unflatten(rows[:, :-4].mean(0), averaged)
     progress, data = run.progress, run.train_loader.dataset.images
+    # Each process's own running statistics and sums: what makes a resumed run the same to the last bit.
+    rows = average_batchnorm(run.model, run.team, progress.sums)
+    weights = run.model.state_dict()  # below in fp32, under O2 those that the optimiser steps
+    weights.update(zip([name for name, _ in run.model.named_parameters()], stepped_parameters(run.optimizer)))
+    for name, tensor in weights.items():
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        weights[name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
+    set_batchnorm(run.model, rows[run.runtime.rank])
+    optimizer = run.optimizer.state_dict()
+    group = optimizer["param_groups"][0]
+    numbers = {name: place for place, name in enumerate(group["params"])}  # torch 1.5's are places in memory
+    optimizer["state"] = {numbers[name]: state for name, state in optimizer["state"].items()}
+    group["params"] = list(numbers.values())
     return {
         "arch": run.flags.arch, "epoch": progress.epoch, "images": progress.images, "best_acc1": progress.best_acc1,
-        "rows": progress.rows, "state_dict": weights_of(run, averaged), "optimizer": optimizer_state(run.optimizer),
-        "amp": run.precision.state_dict(), "processes": rows, "seed": run.seed, "classes": data.classes,
-        "train_images": len(data), "batch": run.train_loader.sampler.total, "opt_level": run.precision.level,
+        "rows": progress.rows, "state_dict": weights, "optimizer": optimizer, "amp": run.precision.state_dict(),
+        "processes": rows, "seed": run.seed, "classes": data.classes, "train_images": len(data),
+        "batch": run.train_loader.sampler.total, "opt_level": run.precision.level,
     }
 
 
@@ -1379,8 +1327,8 @@ def save(run, best=False):
     if run.runtime.is_main:
         if best:
             write_checkpoint(payload, os.path.join(run.flags.output_dir, "model_best.pth.tar"))
-        older = [checkpoint_path(run.flags, age) for age in range(run.flags.keep)]
-        write_checkpoint(payload, older[0], older[1:])
+        newest, *older = [checkpoint_path(run.flags, age) for age in range(run.flags.keep)]
+        write_checkpoint(payload, newest, older)
 
 
 def write_checkpoint(payload, path, older=()):
@@ -1391,27 +1339,30 @@ def write_checkpoint(payload, path, older=()):
 
 def write_file(content, path, older=()):
     """Writes bytes under a temporary name, flushes, then renames; what was there before moves to the ``older`` names.
-
-    Raises:
-        Fault: the disk is full, or the folder can't be written to. The files there are as they were.
-    """
-    temporary = path + ".tmp"
+    Raises Fault where the disk is full, or the folder can't be written to; the files there are then as they were."""
+    temporary, names = path + ".tmp", [path, *older]
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        for source, target in reversed(list(zip([path] + list(older), older))):
+        for source, target in reversed(list(zip(names, names[1:]))):
             if os.path.exists(source):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(target)
-                link_or_move(source, target)
+                try:
+                    os.link(source, target)  # a second name: the first is never without a file
+                except OSError:  # links can't be here
+                    os.replace(source, target)
         os.replace(temporary, path)
-        sync_folder(path)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise Fault(f"can't write {path}: {first_line(error)}; {last_good(os.path.dirname(path))}. Make room, or give another --output-dir")
+        raise Fault(f"can't write {path}: {first_line(error)}; {last_good(os.path.dirname(path))}. Make room, or give "
+                    "another --output-dir")
 
 
 def last_good(folder):
@@ -1420,30 +1371,13 @@ def last_good(folder):
     return "the last good checkpoint is " + path if os.path.exists(path) else "there is no checkpoint yet"
 
 
-def link_or_move(source, target):
-    """Gives a file a second name, so that the first is never without one; moves it where links can't be."""
-    try:
-        os.link(source, target)
-    except OSError:
-        os.replace(source, target)
-
-
-def sync_folder(path):
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 class SafePickle:
     """Stands in for the pickle module where torch.load has no ``weights_only``: tensors and plain values, no code."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
-            if ((module, name) in {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"),
-                                   ("torch._utils", "_rebuild_parameter"), ("torch", "Size")}
-                    or (module == "torch" and name.endswith("Storage") and name.isidentifier())):
+            if re.fullmatch(r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)|"
+                            r"torch\.(Size|\w*Storage)", f"{module}.{name}"):
                 return super().find_class(module, name)
             raise pickle.UnpicklingError(f"{module}.{name}")
 
@@ -1453,112 +1387,84 @@ class SafePickle:
 
 
 def read_checkpoint(path):
-    """A checkpoint file as a dictionary. Never runs code from it.
-
-    Raises:
-        Fault: there is no such file, it is damaged, or it holds more than tensors and plain values.
-    """
+    """A checkpoint file as a dictionary; never runs code from it. Raises Fault where there is no such file, it is
+    damaged, or it holds more than tensors and plain values."""
+    safe = {"weights_only": True} if accepts(torch.load, "weights_only") else {"pickle_module": SafePickle}
     try:
         with open(path, "rb") as file:
-            zipped = file.read(2) == b"PK"
-        if zipped:
-            with zipfile.ZipFile(path) as parts:
-                broken = parts.testzip()
-            if broken:
-                raise Fault(f"{path} is damaged: its part {broken} does not match its checksum. Use another file")
-        safe = {"weights_only": True} if accepts(torch.load, "weights_only") else {"pickle_module": SafePickle}
+            broken = zipfile.ZipFile(file).testzip() if file.read(2) == b"PK" else None
+        if broken:
+            raise Fault(f"{path} is damaged: its part {broken} does not match its checksum. Use another file")
         loaded = torch.load(path, map_location="cpu", **safe)
+    except Fault:
+        raise
     except FileNotFoundError:
         raise Fault(f"no checkpoint {path!r}: give a file that is there")
     except pickle.UnpicklingError as error:
-        raise Fault(f"{path} holds other things than tensors and plain values, and was not loaded, since they could run code ({describe_unpickling(error)}). Save its state_dict alone")
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
-            zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError, AssertionError) as error:
+        named = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))  # in torch's page-long message
+        raise Fault(f"{path} holds other things than tensors and plain values, and was not loaded, since they could "
+                    f"run code ({named.group(1) if named else first_line(error)}). Save its state_dict alone")
+    except Exception as error:  # damaged bytes lead to almost any
         raise Fault(f"{path} is damaged or no checkpoint ({first_line(error)}). Use another file")
     if not isinstance(loaded, dict):
         raise Fault(f"{path} holds a {type(loaded).__name__}, expected a state dict or a checkpoint")
     return loaded
 
 
-def describe_unpickling(error):
-    """The name that was refused, out of torch's page-long message or ours."""
-    text = str(error)
-    mark = "Unsupported global: GLOBAL "
-    return text[text.index(mark) + len(mark):].split()[0] if mark in text else first_line(error)
-
-
 def find_checkpoint(flags):
-    """(checkpoint, its path) that --resume asks for: of 'auto' the newest good one in --output-dir; ({}, None)
-    where none is asked for or there is none.
-
-    Raises:
-        Fault: the file can't be used, or for 'auto' there are some, and all are damaged.
-    """
+    """(checkpoint, its path) that --resume asks for: of 'auto' the newest good one in --output-dir; ({}, None) where
+    none is asked for or there is none. Raises Fault where the file can't be used, of 'auto' none of those there."""
     if flags.resume != "auto":
         return (read_checkpoint(flags.resume), flags.resume) if flags.resume else ({}, None)
     paths = [path for path in (checkpoint_path(flags, age) for age in range(100)) if os.path.exists(path)]
-    faults = []
     for path in paths:
         try:
             return read_checkpoint(path), path
         except Fault as fault:
-            faults.append(fault)
             print(f"=> {fault}; trying the one before", file=sys.stderr, flush=True)
-    if faults:
+    if paths:
         raise Fault(f"--resume auto: none of {', '.join(paths)} can be used; remove them to start anew")
     return {}, None
 
 
 def load_weights(model, checkpoint, path, new_classifier=False):
-    """Fills a model from a checkpoint of ours or the reference's, or from a plain state dict.
-
-    Args:
-        new_classifier: leave the classifier as it is where the file's has another number of classes.
-
-    Raises:
-        Fault: the file is of another network, or of another number of classes.
-    """
+    """Fills a model from a checkpoint of ours or the reference's, or from a plain state dict. Raises Fault where the
+    file is of another network or number of classes, which with ``new_classifier`` leaves the classifier as it is."""
     state = checkpoint.get("state_dict", checkpoint)
-    metadata = getattr(state, "_metadata", {})
     for prefix in ("module.", "_orig_mod."):
         if all(name.startswith(prefix) for name in state):
+            versions = getattr(state, "_metadata", {})  # of the modules, whose names end without a dot
             state = OrderedDict((name[len(prefix):], value) for name, value in state.items())
-            metadata = {name[len(prefix):] if name.startswith(prefix) else name.replace(prefix[:-1], ""): value
-                        for name, value in metadata.items() if name}
-    state = OrderedDict(state)
-    state._metadata = metadata
+            state._metadata = {(name + ".")[len(prefix):-1]: value for name, value in versions.items() if name}
     weight = state.get("classifier.1.weight")
-    if weight is None or not torch.is_tensor(weight):
+    if not torch.is_tensor(weight):
         raise Fault(f"{path} is no MnasNet checkpoint: it has no classifier.1.weight")
-    if new_classifier and len(weight) != model.num_classes:
-        state.update({"classifier.1." + n: p for n, p in model.classifier[1].state_dict().items()})
-        print(f"=> {len(weight)} classes in {path}, {model.num_classes} here: the classifier starts fresh",
-              flush=True)
-    elif len(weight) != model.num_classes:
-        raise Fault(f"{path} was trained for {len(weight)} classes, the data has {model.num_classes}: give the data it was trained on")
+    if len(weight) != model.num_classes:
+        if not new_classifier:
+            raise Fault(f"{path} was trained for {len(weight)} classes, the data has {model.num_classes}: give the "
+                        "data it was trained on")
+        state.update(("classifier.1." + name, p) for name, p in model.classifier[1].state_dict().items())
+        print(f"=> {len(weight)} classes in {path}, {model.num_classes} here: the classifier starts fresh", flush=True)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        detail = str(error).splitlines()[1:2] or [""]
-        raise Fault("{} does not fit {}{}: pass its own -a ({})".format(
-            path, "mnasnet with alpha {}".format(model.alpha),
-            ", it is of {}".format(checkpoint["arch"]) if isinstance(checkpoint.get("arch"), str) else "",
-            detail[0].strip()[:200]))
+        arch, detail = checkpoint.get("arch"), "".join(str(error).splitlines()[1:2]).strip()[:200]
+        raise Fault(f"{path} does not fit mnasnet with alpha {model.alpha}"
+                    f"{f', it is of {arch}' if isinstance(arch, str) else ''}: pass its own -a ({detail})")
 
 
 def load_pretrained(model, flags):
-    """torchvision's published weights for the arch, from --weights or else from the net, hash checked."""
+    """torchvision's published weights for the arch, from --weights or else from the net, hash checked; their path."""
     path = flags.weights
     if not path:
-        url = mnasnet.WEIGHTS[flags.arch]
+        url, hub = mnasnet.WEIGHTS[flags.arch], torch.hub
+        home = hub.get_dir() if hasattr(hub, "get_dir") else hub._get_torch_home()
         name = os.path.basename(url)
-        folder = os.path.join(torch.hub._get_torch_home() if not hasattr(torch.hub, "get_dir") else
-                              torch.hub.get_dir(), "checkpoints")
-        path = os.path.join(folder, name)
+        path = os.path.join(home, "checkpoints", name)
         if not os.path.exists(path):
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             try:
-                torch.hub.download_url_to_file(url, path, name[:-4].rsplit("-", 1)[1], progress=False)
+                hub.download_url_to_file(url, path, name[:-4].rsplit("-", 1)[1], progress=False)
             except (OSError, RuntimeError) as error:
                 raise Fault(f"can't fetch {url} ({first_line(error)}): fetch it by hand and pass --weights FILE")
     load_weights(model, read_checkpoint(path), path, new_classifier=True)
@@ -1567,44 +1473,41 @@ def load_pretrained(model, flags):
 
 def restore(run, checkpoint, path):
     """Puts a run where a checkpoint of ours, or as far as it goes one of the reference's, left off."""
-    flags, progress, log = run.flags, run.progress, run.log
-    classes = checkpoint.get("classes", run.train_loader.dataset.images.classes)
-    if classes != run.train_loader.dataset.images.classes:
+    classes, optimizer = run.train_loader.dataset.images.classes, run.optimizer
+    if checkpoint.get("classes", classes) != classes:
         raise Fault(f"{path} was trained on other classes than the data has: give the data it was trained on")
     if "optimizer" in checkpoint:
         try:
-            run.optimizer.load_state_dict(checkpoint["optimizer"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError as error:
             raise Fault(f"{path}: its optimiser does not fit ({first_line(error)})")
-        for parameter in stepped_parameters(run.optimizer):  # the fused optimiser reads momentum in the weight's memory order
-            state = run.optimizer.state.get(parameter, {})
-            if torch.is_tensor(state.get("momentum_buffer")):
+        for parameter in stepped_parameters(optimizer):
+            state = optimizer.state.get(parameter, {})
+            if torch.is_tensor(state.get("momentum_buffer")):  # the fused one reads it in the weight's memory order
                 state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
-    run.precision.load_state_dict(checkpoint.get("amp") or {})
-    progress.epoch, progress.images = int(checkpoint.get("epoch", 0)), int(checkpoint.get("images", 0))
-    progress.best_acc1, progress.rows = float(checkpoint.get("best_acc1", 0)), list(checkpoint.get("rows", []))
-    log.line(f"=> resumed from {path}: epoch {progress.epoch}, {progress.images} images into it")
+    run.precision.load_state_dict(checkpoint.get("amp"))
+    run.progress = Progress(int(checkpoint.get("epoch", 0)), int(checkpoint.get("images", 0)),
+                            float(checkpoint.get("best_acc1", 0)), list(checkpoint.get("rows", [])))
+    run.log.line(f"=> resumed from {path}: epoch {run.progress.epoch}, {run.progress.images} images into it")
     if "processes" in checkpoint:
         restore_processes(run, checkpoint)
-    if run.runtime.is_main and progress.rows:
-        write_metrics(flags, progress.rows)
+    if run.runtime.is_main and run.progress.rows:
+        write_metrics(run.flags, run.progress.rows)
 
 
 def restore_processes(run, checkpoint):
     """What each process had for itself, or where their number changed, an equal share of it."""
-    rows, progress, order = checkpoint["processes"], run.progress, run.train_loader.sampler
-    changes = []
-    if len(rows) != run.team.size:
-        changes.append(f"{len(rows)} processes, now {run.team.size}")
-        mean = rows.mean(0, keepdim=True)
-        mean[:, -4:] *= len(rows) / run.team.size
-        rows = mean.expand(run.team.size, -1)
-    unflatten(rows[run.runtime.rank][:-4], batchnorm_buffers(run.model))
-    progress.sums = rows[run.runtime.rank][-4:].tolist()
-    for name, now in (("seed", run.seed), ("train_images", order.count), ("batch", order.total),
-                      ("opt_level", run.precision.level)):
-        if checkpoint.get(name) != now:
-            changes.append(f"{name.replace('_', ' ')} {checkpoint.get(name)}, now {now}")
+    rows, order, size = checkpoint["processes"], run.train_loader.sampler, run.team.size
+    if len(rows) == size:
+        row, changes = rows[run.runtime.rank], []
+    else:
+        row, changes = rows.mean(0), [f"{len(rows)} processes, now {size}"]
+        row[-4:] *= len(rows) / size
+    set_batchnorm(run.model, row)
+    run.progress.sums = row[-4:].tolist()
+    now = {"seed": run.seed, "train_images": order.count, "batch": order.total, "opt_level": run.precision.level}
+    changes += [f"{name.replace('_', ' ')} {checkpoint.get(name)}, now {value}" for name, value in now.items()
+                if checkpoint.get(name) != value]
     if changes:
         run.log.line(f"=> the result is no longer bit-identical to a run without a break: it had {'; '.join(changes)}")
 
@@ -1691,17 +1594,17 @@ class Meter:
 
     def mark(self):
         """A point to measure from: (time, steps taken, seconds spent waiting for images)."""
-        return time.time(), self.taken, self.waited
+        return time.monotonic(), self.taken, self.waited
 
     def since(self, mark):
         """(seconds a step, seconds of waiting a step)."""
         begin, taken, waited = mark
-        return (time.time() - begin) / (self.taken - taken), (self.waited - waited) / (self.taken - taken)
+        return (time.monotonic() - begin) / (self.taken - taken), (self.waited - waited) / (self.taken - taken)
 
     def wait_for(self, batches):
-        begin = time.time()
+        begin = time.monotonic()
         batch = next(batches)
-        self.waited += time.time() - begin
+        self.waited += time.monotonic() - begin
         return batch
 
     def add(self, step, lr, *figures):
@@ -1754,7 +1657,7 @@ class Meter:
         run, loader = self.run, self.run.train_loader
         self.read()
         run.runtime.synchronize()
-        seconds, steady = time.time() - self.begin[0], time.time() - self.steady[0]
+        seconds, steady = time.monotonic() - self.begin[0], time.monotonic() - self.steady[0]
         images = self.total * (self.taken - self.steady[1])
         run.steady_images, run.steady_seconds = run.steady_images + images, run.steady_seconds + steady
         loss, top1, _, steps, waited = run.team.sum(run.progress.sums + [self.waited])
