@@ -173,7 +173,7 @@ def parse_args(argv=None):
     add("--run-prof", action="store_true", help="profile a few steps, print the costliest operators, and end")
 
     flags = parser.parse_args(argv)
-    if flags.data is None and not flags.synthetic:
+    if flags.data is None and (flags.check_data or not flags.synthetic):
         parser.error("no data folder: give one with train/ and val/ in it, or --synthetic N")
     if flags.val_crop_size > flags.val_resize_size:
         parser.error(f"--val-crop-size {flags.val_crop_size} is larger than --val-resize-size "
@@ -275,8 +275,9 @@ def choose_kind(flags):
         elif kind.name == "cpu" or card < count:
             return kind, reasons
         else:
-            raise Fault(f"--device-list names card {card}, and this machine has {count} {kind.name} card(s): "
-                        f"give --device-list {','.join(map(str, range(count)))}")
+            flag, cards = ("--device-list", range(count)) if flags.device_list else ("--npu", [0])
+            raise Fault(f"{flag} names card {card}, and this machine has {count} {kind.name} card(s): "
+                        f"give {flag} {','.join(map(str, cards))}")
     raise Fault(f"--device {flags.device} is not there: {why}. Give a device that this machine has")
 
 
@@ -1275,9 +1276,9 @@ def evaluate(run):
             raise Stopped(stop)
         if step % run.flags.print_freq == 0 and seen:
             loss, top1, top5 = sums.tolist()
-            run.log.line(f"Test: [{step:{len(str(steps))}d}/{steps}]\tTime {(time.monotonic() - begin) / (step + 1):6.3f}\t"
-                         f"Loss {loss / max(1, readable):.4e}\tAcc@1 {100 * top1 / seen:6.2f}\t"
-                         f"Acc@5 {100 * top5 / seen:6.2f}")
+            seconds, loss = (time.monotonic() - begin) / (step + 1), loss / max(1, readable)
+            run.log.line(f"Test: [{step:{len(str(steps))}d}/{steps}]\tTime {seconds:6.3f}\tLoss {loss:.4e}\t"
+                         f"Acc@1 {100 * top1 / seen:6.2f}\tAcc@5 {100 * top5 / seen:6.2f}")
     loss, top1, top5, seen, readable = team.sum(sums.tolist() + [seen, readable])
     if seen != order.count:
         raise Fault(f"evaluated {seen:.0f} images of {order.count}: this is a bug, please report it")
@@ -1424,6 +1425,8 @@ def find_checkpoint(flags):
             print(f"=> {fault}; trying the one before", file=sys.stderr, flush=True)
     if paths:
         raise Fault(f"--resume auto: none of {', '.join(paths)} can be used; remove them to start anew")
+    if flags.evaluate and not flags.pretrained:
+        raise Fault(f"--resume auto: no checkpoint in {flags.output_dir!r} to evaluate; name a file")
     return {}, None
 
 
@@ -1431,8 +1434,10 @@ def load_weights(model, checkpoint, path, new_classifier=False):
     """Fills a model from a checkpoint of ours or the reference's, or from a plain state dict. Raises Fault where the
     file is of another network or number of classes, which with ``new_classifier`` leaves the classifier as it is."""
     state = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, dict):
+        raise Fault(f"{path} is no MnasNet checkpoint: its state_dict is a {type(state).__name__}")
     for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in state):
+        if all(str(name).startswith(prefix) for name in state):
             versions = getattr(state, "_metadata", {})  # of the modules, whose names end without a dot
             state = OrderedDict((name[len(prefix):], value) for name, value in state.items())
             state._metadata = {(name + ".")[len(prefix):-1]: value for name, value in versions.items() if name}
@@ -1720,7 +1725,8 @@ def train(run):
         except Stopped:
             save(run)
             raise
-        row.update(epoch=progress.epoch, lr=learning_rate(flags, progress.epoch), val_loss=val_loss, acc1=acc1, acc5=acc5)
+        lr = learning_rate(flags, progress.epoch)
+        row.update(epoch=progress.epoch, lr=lr, val_loss=val_loss, acc1=acc1, acc5=acc5)
         best = acc1 > progress.best_acc1 or not progress.rows
         progress.rows = [old for old in progress.rows if old["epoch"] < progress.epoch] + [row]
         progress.best_acc1 = max(acc1, progress.best_acc1)
@@ -1732,7 +1738,7 @@ def train(run):
         log.line(f"=> epoch {row['epoch']} took {row['seconds']:.1f} s: loss {row['train_loss']:.4f}, best Acc@1 "
                  f"{progress.best_acc1:.3f}, FPS {row['fps']:.2f} ( {row['fps']:.2f} )")
     if not progress.rows:
-        raise Fault(f"nothing to do: --epochs {flags.epochs} are done in {flags.resume or '--start-epoch'}")
+        raise Fault(f"nothing to do: the next epoch is {progress.epoch}, and --epochs {flags.epochs} are to be done")
     best, last = max(progress.rows, key=lambda row: row["acc1"]), progress.rows[-1]
     fps = run.steady_images / run.steady_seconds if run.steady_images else last["fps"]
     print_result(log, best["acc1"], best["acc5"], fps, last["train_loss"])
@@ -1777,7 +1783,7 @@ def prepare(flags, runtime, team, notes, checkpoint, path):
     log.line(f"=> {flags.arch} on {runtime.device}{' ({})'.format('; '.join(notes)) if notes else ''}, {team.size} "
              f"process(es) of {batch} images a step, {workers} worker(s) each, {precision}, seed {seed}")
     if batch < 1:
-        raise Fault(f"--batch-size {flags.batch_size} is less than one image for each of {runtime.local_size} processes")
+        raise Fault(f"--batch-size {flags.batch_size} is less than an image for each of {runtime.local_size} processes")
     model = build_model(flags, runtime, len(val_images.classes), precision.conv_dtype)
     if flags.pretrained:
         log.line(f"=> weights of {load_pretrained(model, flags)}")
@@ -1790,7 +1796,7 @@ def prepare(flags, runtime, team, notes, checkpoint, path):
     if not flags.evaluate:
         total = batch * runtime.world_size
         if len(train_images) < total:
-            raise Fault(f"{len(train_images)} training images are fewer than the {total} of one step: lower --batch-size")
+            raise Fault(f"{len(train_images)} training images are fewer than the {total} of a step: lower --batch-size")
         run.train_loader = make_loader(train_images, flags, runtime, batch, workers, seed)
     return run
 
@@ -1947,6 +1953,8 @@ def main(argv=None):
         if flags.check_data:
             return check_data(flags)
         kind, notes = choose_kind(flags)
+        if flags.dist_backend not in (None, kind.collective, "gloo"):
+            raise Fault(f"--dist-backend {flags.dist_backend} is not for {kind.name}: give {kind.collective} or gloo")
         if not flags.multiprocessing_distributed:
             return worker(flags, kind, notes)
         if not flags.device_list:

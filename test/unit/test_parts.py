@@ -237,7 +237,8 @@ def test_the_index_of_a_large_folder_is_kept_until_the_folder_changes(tmp_path, 
     ([], "no data folder"), (["d", "--epochs", "none"], "whole number"), (["d", "-b", "0"], "at least 1"),
     (["d", "--device", "tpu"], "npu"), (["d", "--device-list", "0,0"], "different card numbers"),
     (["d", "-e"], "--resume"), (["d", "--val-crop-size", "300"], "--val-resize-size"), (["d", "--lr", "nan"], "number"),
-    (["d", "--rank", "2", "--world-size", "2"], "--world-size")])
+    (["d", "--rank", "2", "--world-size", "2"], "--world-size"),
+    (["--synthetic", "9", "--check-data"], "no data folder")])
 def test_flags_that_can_not_be(capsys, arguments, words):
     with pytest.raises(SystemExit) as stop:
         main.parse_args(arguments)

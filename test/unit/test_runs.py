@@ -159,6 +159,15 @@ def test_bad_images_are_named_and_replaced(images, tmp_path):
     assert checked.returncode == 1 and checked.stdout.count("bad:") == 2 and "2 bad image(s)" in checked.stdout
 
 
+@pytest.mark.parametrize("arguments,words", [
+    (["-e", "--resume", "auto"], "no checkpoint in '.' to evaluate"),
+    (["--epochs", "2", "--start-epoch", "5"], "the next epoch is 5, and --epochs 2"),
+    (["--dist-backend", "nccl"] + TWO, "give gloo"), (["--resume", "list.pth"], "state_dict is a list")])
+def test_arguments_that_can_not_be_met(tmp_path, arguments, words):
+    torch.save({"state_dict": [1]}, str(tmp_path / "list.pth"))
+    assert words in the_error(run_main("--synthetic", 16, cwd=tmp_path, after=arguments))
+
+
 @pytest.mark.parametrize("change,words", [
     ("no folder", "no folder"), ("no val", "no folder"), ("empty class", "holds no image"),
     ("other classes", "only in one of them"), ("no checkpoint", "no checkpoint"), ("no card", "is not there"),
