@@ -376,7 +376,7 @@ def meeting_point(flags, runtime, limit):
     if url == "env://":
         url = usual
     address = re.fullmatch(r"tcp://(.+):([0-9]+)", url)
-    if not address:
+    if not address or int(address.group(2)) > 65535:
         raise Fault(f"--dist-url {flags.dist_url!r} is no address: expected tcp://HOST:PORT, file:///PATH or env://")
     host, port = address.group(1), int(address.group(2))
     # torchrun may have a store there already, and keeps it over its restarts: each gets names of its own in it.

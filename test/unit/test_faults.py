@@ -108,6 +108,12 @@ def test_nobody_comes(images, tmp_path):
     assert "within 3 s" in the_error(result)
 
 
+@pytest.mark.parametrize("url", ["tcp://127.0.0.1", "tcp://127.0.0.1:70000", "http://127.0.0.1:80"])
+def test_an_address_that_is_none(tmp_path, url):
+    result = run_main("--synthetic", 16, *cards(2), "--local_rank", 0, "--dist-url", url, cwd=tmp_path)
+    assert "is no address: expected tcp://HOST:PORT" in the_error(result)
+
+
 def test_a_port_in_use(images, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
