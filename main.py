@@ -1326,16 +1326,19 @@ def save(run, best=False):
     evaluation that chose the best is done again."""
     payload = snapshot(run)
     if run.runtime.is_main:
+        content = serialise(payload)
         if best:
-            write_checkpoint(payload, os.path.join(run.flags.output_dir, "model_best.pth.tar"))
+            write_file(content, os.path.join(run.flags.output_dir, "model_best.pth.tar"))
         newest, *older = [checkpoint_path(run.flags, age) for age in range(run.flags.keep)]
-        write_checkpoint(payload, newest, older)
+        write_file(content, newest, older)
 
 
-def write_checkpoint(payload, path, older=()):
-    content = io.BytesIO()  # torch 1.8 aborts where it writes to a full disk itself
-    torch.save(payload, content, _use_new_zipfile_serialization=True)  # a zip: each part has a checksum
-    write_file(content.getbuffer(), path, older)
+def serialise(payload):
+    """The bytes of a checkpoint file: a zip, each part with a checksum. torch 1.8 aborts where it writes to a full disk
+    itself."""
+    content = io.BytesIO()
+    torch.save(payload, content, _use_new_zipfile_serialization=True)
+    return content.getbuffer()
 
 
 def write_file(content, path, older=()):
@@ -1484,7 +1487,7 @@ def restore(run, checkpoint, path):
     if "optimizer" in checkpoint:
         try:
             optimizer.load_state_dict(checkpoint["optimizer"])
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Fault(f"{path}: its optimiser does not fit ({first_line(error)})")
         for parameter in stepped_parameters(optimizer):
             state = optimizer.state.get(parameter, {})

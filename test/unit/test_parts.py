@@ -191,7 +191,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch, save):
 def test_a_damaged_checkpoint_is_found_out(tmp_path):
     path = str(tmp_path / "c.pth.tar")
     value = {"weights": torch.arange(5000.0), "epoch": 3}
-    main.write_checkpoint(value, path)
+    main.write_file(main.serialise(value), path)
     assert torch.equal(main.read_checkpoint(path)["weights"], value["weights"])
     whole = (tmp_path / "c.pth.tar").read_bytes()
     rng = random.Random(0)
@@ -210,7 +210,7 @@ def test_a_damaged_checkpoint_is_found_out(tmp_path):
 def test_older_checkpoints_are_kept(tmp_path):
     paths = [str(tmp_path / name) for name in ("a", "a-1", "a-2")]
     for epoch in range(4):
-        main.write_checkpoint({"epoch": epoch}, paths[0], paths[1:])
+        main.write_file(main.serialise({"epoch": epoch}), paths[0], paths[1:])
     assert [main.read_checkpoint(p)["epoch"] for p in paths] == [3, 2, 1]
     assert len(list(tmp_path.iterdir())) == 3
 
