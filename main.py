@@ -667,12 +667,14 @@ def scan_or_recall(root, classes, file):
         times = [os.stat(folder).st_mtime_ns for folder in index["folders"]]
         if os.fsdecode(index["folders"][0]) == root and times == index["times"].tolist():
             return index
+    begin = time.time_ns()
     index = scan(root, classes)
-    if len(index["paths"]) > LARGE:
-        with contextlib.suppress(OSError):  # it only saves time
-            with tempfile.NamedTemporaryFile(dir=os.path.dirname(file), delete=False) as new:
-                np.savez(new, **index)
-            os.replace(new.name, file)
+    if len(index["paths"]) > LARGE and index["times"].max() < begin:  # no folder changed while it was read
+        content = io.BytesIO()
+        np.savez(content, **index)
+        with contextlib.suppress(OSError, Fault):  # it only saves time
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+            write_file(content.getbuffer(), file)
     return index
 
 
@@ -951,11 +953,12 @@ def to_device(loader, runtime, dtype):
     def move(batch):
         images, labels, bad = batch
         with module.stream(stream) if module else contextlib.nullcontext():
-            return images.to(device, non_blocking=True), labels.to(device, label_dtype, non_blocking=True), bad
+            images, labels = images.to(device, non_blocking=True), labels.to(device, label_dtype, non_blocking=True)
+        return images, labels, bad, stream.record_event() if stream else None
 
-    def finish(images, labels, bad):
+    def finish(images, labels, bad, copied):
         if module:
-            module.current_stream().wait_stream(stream)
+            module.current_stream().wait_event(copied)
             images.record_stream(module.current_stream())
             labels.record_stream(module.current_stream())
         images = images.permute(0, 3, 1, 2)
@@ -1496,6 +1499,9 @@ def restore(run, checkpoint, path):
     run.precision.load_state_dict(checkpoint.get("amp"))
     run.progress = Progress(int(checkpoint.get("epoch", 0)), int(checkpoint.get("images", 0)),
                             float(checkpoint.get("best_acc1", 0)), list(checkpoint.get("rows", [])))
+    if run.progress.images > run.train_loader.sampler.count:
+        raise Fault(f"{path} is {run.progress.images} images into an epoch, and the data has fewer: give the data it "
+                    "was trained on")
     run.log.line(f"=> resumed from {path}: epoch {run.progress.epoch}, {run.progress.images} images into it")
     if "processes" in checkpoint:
         restore_processes(run, checkpoint)
@@ -1596,7 +1602,7 @@ class Meter:
     def __init__(self, run, steps):
         self.run, self.steps, self.unread, self.overflows = run, steps, [], 0
         order = run.train_loader.sampler
-        self.total, self.skip = order.total, 0 if run.steady_seconds else min(SKIPPED_STEPS, len(order) // 2)
+        self.total, self.skip = order.total, 0 if run.steady_images else min(SKIPPED_STEPS, len(order) // 2)
         self.taken, self.waited = 0, 0.0
         self.begin = self.printed = self.steady = self.mark()
 
@@ -1851,8 +1857,9 @@ def lock_folder(flags):
         os.close(folder)
 
 
-def print_error(fault):
-    print("main.py: error:", str(fault).replace("\n", " "), file=sys.stderr, flush=True)
+def print_error(fault, rank=""):
+    text = str(fault).rsplit("Fault: ", 1)[-1].strip().replace("\n", " ")  # torch puts a traceback before a loader's
+    print(f"main.py: error: {rank}{text}", file=sys.stderr, flush=True)
 
 
 def worker(flags, kind, notes):
@@ -1871,8 +1878,9 @@ def worker(flags, kind, notes):
     except Fault as fault:
         status = 1
         if team.speaks_first():
-            print_error(f"rank {runtime.rank}: {fault}" if team.size > 1 else fault)
-    end_loaders()
+            print_error(fault, f"rank {runtime.rank}: " if team.size > 1 else "")
+    finally:
+        end_loaders()
     if status and team.size > 1:  # the others may be gone, and torch would wait for them
         sys.stdout.flush()
         os._exit(status)

@@ -295,6 +295,23 @@ def test_the_world_size_changed(images, one_epoch, tmp_path):
     assert "it had 1 processes, now 2" in result.stdout
 
 
+def test_the_data_set_shrank(images, one_epoch, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(str(images), str(data))
+    for path in list((data / "train" / "class 0").iterdir())[1:]:
+        path.unlink()
+    shutil.copy(str(one_epoch / "checkpoint-1.pth.tar"), str(tmp_path / "checkpoint.pth.tar"))
+    assert "32 images into an epoch" in the_error(go_on(tmp_path, data))
+
+
+def test_a_class_without_a_readable_image(images, tmp_path):
+    shutil.copytree(str(images), str(tmp_path / "data"))
+    for path in (tmp_path / "data" / "train" / "class 1").iterdir():
+        path.write_bytes(b"rubbish")
+    error = the_error(run_main(tmp_path / "data", "--epochs", 1, cwd=tmp_path))
+    assert error.startswith("main.py: error: no image of class 'class 1' can be read: ")
+
+
 def test_a_loss_that_is_not_finite(images, tmp_path):
     error = the_error(run_main(images, "--epochs", 3, "--seed", 1, cwd=tmp_path, after=["--lr", "1e30"]))
     assert re.search(r"the loss is (nan|inf) at epoch 0 step \d+ \(lr [\d.]+e\+\d+\)", error)
