@@ -1749,7 +1749,10 @@ def train(run):
     if not progress.rows:
         raise Fault(f"nothing to do: the next epoch is {progress.epoch}, and --epochs {flags.epochs} are to be done")
     best, last = max(progress.rows, key=lambda row: row["acc1"]), progress.rows[-1]
-    fps = run.steady_images / run.steady_seconds if run.steady_images else last["fps"]
+    if run.steady_images:
+        fps = run.steady_images / run.steady_seconds
+    else:  # only an evaluation was left to do
+        fps = next((row["fps"] for row in reversed(progress.rows) if row["fps"]), 0.0)
     print_result(log, best["acc1"], best["acc5"], fps, last["train_loss"])
 
 
