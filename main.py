@@ -1968,7 +1968,7 @@ def main(argv=None):
             return check_data(flags)
         kind, notes = choose_kind(flags)
         if flags.dist_backend not in (None, kind.collective, "gloo"):
-            raise Fault(f"--dist-backend {flags.dist_backend} is not for {kind.name}: give {kind.collective} or gloo")
+            raise Fault(f"--dist-backend {flags.dist_backend} is not for {kind.name}: give {kind.collective}")
         if not flags.multiprocessing_distributed:
             return worker(flags, kind, notes)
         if not flags.device_list:
