@@ -1102,7 +1102,12 @@ def build_optimizer(flags, runtime, precision, parameters):
             return importlib.import_module(home).NpuFusedSGD(parameters, **options)
     elif accepts(torch.optim.SGD.__init__, "fused"):
         options["fused"] = True
-    return torch.optim.SGD(parameters, **options)
+    optimizer = torch.optim.SGD(parameters, **options)
+    if "fused" in options and flags.momentum:
+        # Where the first step overflows under a loss scale, the fused one takes memory as it lies for the momentum.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def wrap_for_training(model, flags, runtime, precision):
@@ -1314,7 +1319,9 @@ def snapshot(run):
     optimizer = run.optimizer.state_dict()
     group = optimizer["param_groups"][0]
     numbers = {name: place for place, name in enumerate(group["params"])}  # torch 1.5's are places in memory
-    optimizer["state"] = {numbers[name]: state for name, state in optimizer["state"].items()}
+    optimizer["state"] = {numbers[name]: {key: value.cpu() if torch.is_tensor(value) else value
+                                          for key, value in state.items()}
+                          for name, state in optimizer["state"].items()}
     group["params"] = list(numbers.values())
     return {
         "arch": run.flags.arch, "epoch": progress.epoch, "images": progress.images, "best_acc1": progress.best_acc1,
@@ -1884,9 +1891,11 @@ def worker(flags, kind, notes):
             print_error(fault, f"rank {runtime.rank}: " if team.size > 1 else "")
     finally:
         end_loaders()
-    if status and team.size > 1:  # the others may be gone, and torch would wait for them
-        sys.stdout.flush()
-        os._exit(status)
+    if team.size > 1:
+        if status:  # the others may be gone, and torch would wait for them
+            sys.stdout.flush()
+            os._exit(status)
+        dist.destroy_process_group()
     return status
 
 

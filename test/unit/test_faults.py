@@ -25,6 +25,7 @@ import chaos
 import main
 from conftest import ROOT, SMALL, checkpoint, free_port, run_main, the_error, torchrun
 
+pytestmark = pytest.mark.slow
 BF16 = hasattr(torch, "autocast")
 
 
@@ -57,7 +58,6 @@ def rank_of(run, rank):
     raise AssertionError("no rank {}".format(rank))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes,level,signum", [(1, "O0", "KILL"), (2, "O0", "TERM")] + (
     [(2, "O1", "KILL")] if BF16 else []))
 def test_stopped_at_random_moments(tmp_path, processes, level, signum):
@@ -69,7 +69,6 @@ def test_stopped_at_random_moments(tmp_path, processes, level, signum):
     assert longest < 30
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", [r"^Epoch: \[0\]\[1/", r"^Test: \[0/"], ids=["training", "evaluation"])
 def test_one_of_eight_is_killed(images, tmp_path, moment):
     run = start(images, "--epochs", 30, *cards(8), *SMALL, "-b", "16", cwd=tmp_path)
@@ -81,7 +80,6 @@ def test_one_of_eight_is_killed(images, tmp_path, moment):
     assert "rank 5 was killed by SIGKILL" in out and chaos.processes_of(tmp_path) == []
 
 
-@pytest.mark.slow
 def test_a_stuck_rank_is_named(images, tmp_path):
     run = start(images, "--epochs", 30, "--dist-timeout", 8, *cards(2), *SMALL, cwd=tmp_path)
     read_until(run, r"^Epoch: \[0\]\[1/")
@@ -142,7 +140,6 @@ def test_two_runs_in_one_folder(images, tmp_path):
     assert "another run writes to" in the_error(refused)
 
 
-@pytest.mark.slow
 def test_torchrun_starts_a_killed_rank_again(images, tmp_path):
     command = torchrun(2, restarts=1)
     command += [str(images), "--epochs", "2", "--seed", "1", "--save-freq", "1", "--resume", "auto"] + SMALL

@@ -32,6 +32,24 @@ def test_smoothed_cross_entropy_is_the_cross_entropy_against_smoothed_targets():
     assert main.smoothed_cross_entropy(logits, labels, 0.1).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_first_step_that_overflows_changes_nothing():
+    runtime = main.Runtime(main.KINDS["cpu"], torch.device("cpu"))
+    weight = torch.nn.Parameter(torch.ones(4, 64))
+    optimizer = main.build_optimizer(flags("--lr", "1"), runtime, main.Precision(flags(), runtime), [weight])
+    if not main.accepts(torch.optim.SGD.__init__, "fused"):  # nothing to go wrong: the scaler leaves the step out
+        assert not optimizer.state
+        return
+    scaler = main.find_scaler(runtime.kind)(init_scale=2.0)
+    memory = [torch.full_like(weight, float("nan")) for _ in range(20)]
+    del memory  # what the allocator hands out next
+    for gradient, expected in ((float("inf"), 1.0), (0.5, 1 - 1.9 * (0.5 + 1e-4))):  # Nesterov's first step
+        scaler.scale((weight * gradient).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.allclose(weight, torch.full_like(weight, expected))
+
+
 def test_folded_batchnorm_changes_nothing_but_rounding():
     runtime = main.Runtime(main.KINDS["cpu"], torch.device("cpu"))
     model = main.build_model(flags("-a", "mnasnet0_5"), runtime, 10)

@@ -75,6 +75,7 @@ def test_evaluation_counts_do_not_depend_on_the_processes(images, trained, proce
     assert "of 31 images" in result.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(images, tmp_path):
     arguments = [images, "--epochs", 1, "--seed", 2, "--freeze-bn", "--dropout", 0]
     one = run_main(*arguments, cwd=tmp_path)
@@ -145,6 +146,7 @@ def test_low_precision(images, tmp_path, level):
     assert {t.dtype for t in checkpoint(tmp_path)["state_dict"].values()} == {torch.float32, torch.int64}
 
 
+@pytest.mark.slow
 def test_bad_images_are_named_and_replaced(images, tmp_path):
     data = tmp_path / "data"
     subprocess.check_call(["cp", "-r", str(images), str(data)])
@@ -221,6 +223,7 @@ def test_synthetic(tmp_path):
     losses(run_main("--synthetic", 32, "--epochs", 1, cwd=tmp_path))
 
 
+@pytest.mark.slow
 def test_two_nodes_of_two_processes(images, tmp_path):
     address = "tcp://127.0.0.1:{}".format(free_port())
     commands = [[sys.executable, str(ROOT / "main.py"), str(images), "--epochs", "1", "--seed", "3", "--world-size",
@@ -270,6 +273,7 @@ def counts_of_the_classic_pipeline(model, folder, size):
     return top1, top5
 
 
+@pytest.mark.slow
 def test_profile(images, tmp_path):
     result = run_main(images, "--run-prof", cwd=tmp_path, after=["-b", "4"])
     assert result.returncode == 0, result.stdout + result.stderr
@@ -289,6 +293,7 @@ def test_tensorboard(images, tmp_path):
         assert list((tmp_path / "events").iterdir())
 
 
+@pytest.mark.slow
 def test_pretrained_weights(images, tmp_path):
     torch.save(mnasnet.mnasnet0_5(num_classes=7).state_dict(), str(tmp_path / "seven.pth"))
     torch.save(mnasnet.mnasnet0_5(num_classes=4).state_dict(), str(tmp_path / "four.pth"))
