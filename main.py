@@ -257,7 +257,7 @@ def cards_present(kind):
     if kind.name == "npu" and not hasattr(torch, "npu"):  # torch 1.5 for Ascend has it built in
         try:
             importlib.import_module("torch_npu")
-        except ImportError as error:
+        except (ImportError, RuntimeError, SystemExit) as error:  # some exit, with status 0, where CANN is missing
             return 0, f"torch_npu does not import ({first_line(error)})"
     module = getattr(torch, kind.module, None)
     count = module.device_count() if module and module.is_available() else 0
@@ -409,9 +409,11 @@ class Team:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: nothing listens to the network
         limit = datetime.timedelta(seconds=self.timeout)
         backend = flags.dist_backend or runtime.kind.collective
+        # nccl and hccl end a process that waits in vain; poll() is to be the first to notice, and names the others.
+        longer = limit if backend == "gloo" else limit + datetime.timedelta(seconds=60)
         self.store, where = meeting_point(flags, runtime, limit)
         try:
-            dist.init_process_group(backend, store=self.store, rank=runtime.rank, world_size=self.size, timeout=limit)
+            dist.init_process_group(backend, store=self.store, rank=runtime.rank, world_size=self.size, timeout=longer)
             self.group = dist.new_group(backend="gloo", timeout=limit)
         except (RuntimeError, ValueError) as error:
             raise Fault(f"rank {runtime.rank} of {self.size} found no others at {where} within {self.timeout:g} s "
@@ -550,7 +552,9 @@ class Precision:
             self.scaler.scale(loss).backward()
             if self.masters:
                 for master, parameter in zip(self.masters, model.parameters()):
-                    master.grad = parameter.grad.to(master.dtype)
+                    if master.grad is None:
+                        master.grad = torch.empty_like(master)
+                    master.grad.copy_(parameter.grad)  # Ascend's fused SGD goes on reading the memory it saw first
             self.scaler.step(optimizer)
             self.scaler.update(None if self.loss_scale == "dynamic" else self.loss_scale)
             if self.masters:
@@ -908,12 +912,16 @@ class BatchOrder(torch.utils.data.Sampler):
 def make_loader(images, flags, runtime, batch_size, workers, seed=None):
     """The loader of batches of images: for training where a seed is given, else for evaluation."""
     order = BatchOrder(len(images), batch_size, runtime, seed)
-    there = accepts(torch.utils.data.DataLoader.__init__, "persistent_workers")
-    options = {"persistent_workers": True} if workers and there else {}
+    takes = functools.partial(accepts, torch.utils.data.DataLoader.__init__)
+    lasting, options = workers > 0 and takes("persistent_workers"), {"pin_memory": runtime.kind.name != "cpu"}
+    if lasting:
+        options["persistent_workers"] = True
+    if runtime.kind.name == "npu" and takes("pin_memory_device") and not hasattr(torch, "accelerator"):
+        options["pin_memory_device"] = "npu"  # this torch would ask whether there is CUDA
     loader = torch.utils.data.DataLoader(
         ImageBatches(images, flags, seed), batch_size=None, sampler=order, num_workers=workers,
-        pin_memory=runtime.kind.name != "cpu", worker_init_fn=quiet_worker, **options)
-    if options:
+        worker_init_fn=quiet_worker, **options)
+    if lasting:
         # Starts the processes now, with nothing to fetch yet. After the first steps they would be born with the memory
         # of these, which would then be there twice, and no longer in large pages (Linux copies it piece by piece).
         order.first = order.count
@@ -937,6 +945,12 @@ def end_loaders():
         child.kill()
 
 
+@functools.lru_cache(None)
+def copy_stream(module):
+    """The stream of a process's copies to its card; one for all, since each keeps the memory that it has used."""
+    return module.Stream()
+
+
 def to_device(loader, runtime, dtype):
     """The loader's batches on the device: (images dtype [n, 3, S, S] normalised, labels [n], bad indices).
 
@@ -945,15 +959,17 @@ def to_device(loader, runtime, dtype):
     device, module = runtime.device, runtime.module
     mean = torch.tensor([255 * m for m in MEAN], device=device).view(1, 3, 1, 1)
     scale = torch.tensor([1 / (255 * s) for s in STD], device=device).view(1, 3, 1, 1)
-    stream = module.Stream() if module else None
+    stream = copy_stream(module) if module else None
     # Ascend's loss took 32 bits in torch's first generations.
     old_npu = runtime.kind.name == "npu" and not hasattr(torch, "autocast")
     label_dtype = torch.int32 if old_npu else torch.int64
 
     def move(batch):
         images, labels, bad = batch
+        # torch_npu copies later what is not pinned, too, and by then it may be gone.
+        queued = {"non_blocking": runtime.kind.name != "npu" or images.is_pinned()}
         with module.stream(stream) if module else contextlib.nullcontext():
-            images, labels = images.to(device, non_blocking=True), labels.to(device, label_dtype, non_blocking=True)
+            images, labels = images.to(device, **queued), labels.to(device, **queued).to(label_dtype)
         return images, labels, bad, stream.record_event() if stream else None
 
     def finish(images, labels, bad, copied):
@@ -1116,9 +1132,10 @@ def wrap_for_training(model, flags, runtime, precision):
         raise Fault(f"--compile needs torch 2.0 or later, this is torch {torch.__version__}: leave it out")
     if runtime.world_size > 1:
         ddp = torch.nn.parallel.DistributedDataParallel
-        # The running statistics are averaged before they are used (average_batchnorm), not sent around every step;
-        # apex detaches gradients, which it can't where they are views.
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": not precision.apex, "static_graph": True}
+        # The running statistics are averaged before they are used (average_batchnorm), not sent around every step.
+        # apex detaches gradients, and Ascend's fused SGD moves them, which neither can where they are views.
+        views = not precision.apex and runtime.kind.name != "npu"
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": views, "static_graph": True}
         options = {name: value for name, value in options.items() if accepts(ddp.__init__, name)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -1347,7 +1364,8 @@ def serialise(payload):
     """The bytes of a checkpoint file: a zip, each part with a checksum. torch 1.8 aborts where it writes to a full disk
     itself."""
     content = io.BytesIO()
-    torch.save(payload, content, _use_new_zipfile_serialization=True)
+    # Not torch.save, in whose place torch_npu puts one that in some versions drops strings.
+    torch.serialization.save(payload, content, _use_new_zipfile_serialization=True)
     return content.getbuffer()
 
 

@@ -9,8 +9,10 @@ if [[ ${etp_running_flag:-} != true ]]; then
     "${ASCEND_TOOLKIT_HOME:-/nowhere}/../set_env.sh" \
     /usr/local/Ascend/ascend-toolkit/set_env.sh \
     /usr/local/Ascend/cann/set_env.sh \
+    /usr/local/Ascend/nnae/set_env.sh \
     "${HOME:-/nowhere}/Ascend/ascend-toolkit/set_env.sh" \
-    "${HOME:-/nowhere}/Ascend/cann/set_env.sh"; do
+    "${HOME:-/nowhere}/Ascend/cann/set_env.sh" \
+    "${HOME:-/nowhere}/Ascend/nnae/set_env.sh"; do
     if [[ -r $_npu_file ]]; then
       # CANN's files read unset variables and end on failing tests: that must not end our shell.
       _npu_options=$-

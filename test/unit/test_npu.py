@@ -52,6 +52,13 @@ def test_npu_without_cann_is_one_line(no_cann, tmp_path, several):
 
 
 @pytest.mark.skipif(hasattr(torch, "npu"), reason="this torch has npu built in")
+def test_a_torch_npu_that_exits_is_one_line(no_cann, tmp_path):
+    (tmp_path / "site" / "torch_npu.py").write_text("raise SystemExit\n")  # with status 0, as its older versions do
+    assert "--device npu is not there" in the_error(
+        run_main("--synthetic", 16, *RUN, cwd=tmp_path, small=False, **no_cann))
+
+
+@pytest.mark.skipif(hasattr(torch, "npu"), reason="this torch has npu built in")
 def test_the_cpu_works_without_cann(no_cann, tmp_path):
     variables = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
     alone = subprocess.run([sys.executable, "-c", "import torch"], env=dict(variables, **no_cann),

@@ -50,6 +50,26 @@ def test_a_first_step_that_overflows_changes_nothing():
         assert torch.allclose(weight, torch.full_like(weight, expected))
 
 
+def test_master_weights_keep_the_memory_of_their_gradients():
+    """Ascend's fused SGD goes on reading the memory where the first gradients lay."""
+    f = flags("--opt-level", "O2", "-a", "mnasnet0_5")
+    runtime = main.Runtime(main.KINDS["cpu"], torch.device("cpu"))
+    if not hasattr(torch, "autocast"):
+        with pytest.raises(main.Fault):
+            main.Precision(f, runtime)
+        return
+    precision = main.Precision(f, runtime)
+    model = main.build_model(f, runtime, 4, precision.conv_dtype)
+    optimizer, places = torch.optim.SGD(precision.prepare(model), 0.1), []
+    clear = optimizer.zero_grad
+    optimizer.zero_grad = lambda: clear(set_to_none=False)
+    for _ in range(2):
+        loss = model(torch.randn(2, 3, 32, 32).bfloat16()).float().square().mean()
+        precision.backward_and_step(loss, model, optimizer)
+        places.append([parameter.grad.data_ptr() for parameter in main.stepped_parameters(optimizer)])
+    assert places[0] == places[1]
+
+
 def test_folded_batchnorm_changes_nothing_but_rounding():
     runtime = main.Runtime(main.KINDS["cpu"], torch.device("cpu"))
     model = main.build_model(flags("-a", "mnasnet0_5"), runtime, 10)
