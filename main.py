@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -409,6 +410,8 @@ class Team:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: nothing listens to the network
         limit = datetime.timedelta(seconds=self.timeout)
         backend = flags.dist_backend or runtime.kind.collective
+        if not hasattr(torch, "autocast"):  # torch 1.8 lets nccl wait for ever unless told not to
+            os.environ.setdefault("NCCL_ASYNC_ERROR_HANDLING", "1")
         # nccl and hccl end a process that waits in vain; poll() is to be the first to notice, and names the others.
         longer = limit if backend == "gloo" else limit + datetime.timedelta(seconds=60)
         self.store, where = meeting_point(flags, runtime, limit)
@@ -1109,6 +1112,17 @@ def fold_batchnorm(model):
     return model
 
 
+def has_fused_sgd(device):
+    """Whether this torch has a fused SGD for the device; 2.3 has one, but not for the CPU."""
+    weight = torch.zeros(1, device=device, requires_grad=True)
+    weight.grad = torch.zeros(1, device=device)
+    try:
+        torch.optim.SGD([weight], 0.1, fused=True).step()
+        return True
+    except (TypeError, RuntimeError):
+        return False
+
+
 def build_optimizer(flags, runtime, precision, parameters):
     """SGD with Nesterov momentum; the fused one where there is one for the device."""
     options = dict(lr=flags.lr, momentum=flags.momentum, weight_decay=flags.wd, nesterov=flags.momentum > 0)
@@ -1116,7 +1130,7 @@ def build_optimizer(flags, runtime, precision, parameters):
         home = "apex.optimizers" if precision.apex else "torch_npu.optim"
         with contextlib.suppress(ImportError, AttributeError):
             return importlib.import_module(home).NpuFusedSGD(parameters, **options)
-    elif accepts(torch.optim.SGD.__init__, "fused"):
+    elif has_fused_sgd(runtime.device):
         options["fused"] = True
     optimizer = torch.optim.SGD(parameters, **options)
     if "fused" in options and flags.momentum:
@@ -1140,7 +1154,20 @@ def wrap_for_training(model, flags, runtime, precision):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = ddp(model, device_ids=[runtime.device.index] if runtime.module else None, **options)
+        if not precision.apex:  # which keeps low-precision weights from one forward to its own backward
+            settle_buckets(model, runtime, precision)
     return torch.compile(model) if flags.compile else model
+
+
+def settle_buckets(model, runtime, precision):
+    """Two steps that change nothing. After these (one, where there is no static_graph) DistributedDataParallel arranges
+    the gradients anew, by which the sums over more than two processes are rounded otherwise: a run that goes on would
+    differ from one without a break."""
+    model.eval()
+    for _ in range(2):
+        with precision.autocast():
+            model(torch.zeros(1, 3, 32, 32, dtype=precision.input_dtype, device=runtime.device)).sum().backward()
+        model.zero_grad()
 
 
 def learning_rate(flags, epoch):
@@ -1507,20 +1534,29 @@ def load_pretrained(model, flags):
     return path
 
 
+def load_momentum(optimizer, saved):
+    """Takes the momentum from the state dict of any torch's SGD. Not by ``load_state_dict``, which would also take what
+    that SGD was: fused or not, as suited its torch and its device."""
+    names = [name for group in saved["param_groups"] for name in group["params"]]
+    parameters = stepped_parameters(optimizer)
+    if len(names) != len(parameters):
+        raise ValueError(f"it steps {len(names)} parameters, this one {len(parameters)}")
+    for name, parameter in zip(names, parameters):
+        if saved["state"].get(name):
+            momentum = torch.empty_like(parameter)  # in the weight's order in memory, which the fused one needs
+            optimizer.state[parameter]["momentum_buffer"] = momentum.copy_(saved["state"][name]["momentum_buffer"])
+
+
 def restore(run, checkpoint, path):
     """Puts a run where a checkpoint of ours, or as far as it goes one of the reference's, left off."""
-    classes, optimizer = run.train_loader.dataset.images.classes, run.optimizer
+    classes = run.train_loader.dataset.images.classes
     if checkpoint.get("classes", classes) != classes:
         raise Fault(f"{path} was trained on other classes than the data has: give the data it was trained on")
     if "optimizer" in checkpoint:
         try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Fault(f"{path}: its optimiser does not fit ({first_line(error)})")
-        for parameter in stepped_parameters(optimizer):
-            state = optimizer.state.get(parameter, {})
-            if torch.is_tensor(state.get("momentum_buffer")):  # the fused one reads it in the weight's memory order
-                state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
+            load_momentum(run.optimizer, checkpoint["optimizer"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise Fault(f"{path}: its optimiser does not fit ({type(error).__name__}: {first_line(error)})")
     run.precision.load_state_dict(checkpoint.get("amp"))
     run.progress = Progress(int(checkpoint.get("epoch", 0)), int(checkpoint.get("images", 0)),
                             float(checkpoint.get("best_acc1", 0)), list(checkpoint.get("rows", [])))
@@ -1734,12 +1770,15 @@ def profile(run):
     profiler, name, options = torch.autograd.profiler.profile, run.runtime.kind.module, {}
     if name:
         options = {"use_device": name} if accepts(profiler.__init__, "use_device") else {"use_" + name: True}
+        if options.get("use_device") == "cuda":
+            options["use_kineto"] = True  # or no kernel is in the trace
     with profiler(**options) as record:
         take(steps)
     if run.runtime.is_main:
         path = os.path.join(run.flags.output_dir, "trace.json")
         record.export_chrome_trace(path)
-        print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=10))
+        order = "cuda_time_total" if name == "cuda" else "self_cpu_time_total"
+        print(record.key_averages().table(sort_by=order, row_limit=10))
         print(f"=> {steps} steps profiled; open {path} in chrome://tracing", flush=True)
 
 
@@ -1795,7 +1834,7 @@ def describe_speed(runtime, memory_kept, dtype):
         ("own depthwise gradients", has_fast_depthwise(dtype) if kind.name == "cpu" else None),
         ("torchvision's JPEG decoder", fast_decoder() is not None),
         ("lasting loader processes", accepts(torch.utils.data.DataLoader.__init__, "persistent_workers")),
-        ("fused SGD", accepts(torch.optim.SGD.__init__, "fused") if kind.name != "npu" else None),
+        ("fused SGD", has_fused_sgd(runtime.device) if kind.name != "npu" else None),
     ]
     there, missing = (", ".join(name for name, found in levers if found is wanted) for wanted in (True, False))
     return f"=> for speed: {there or 'nothing'}{'; not here: ' + missing if missing else ''}"
@@ -1907,6 +1946,11 @@ def worker(flags, kind, notes):
         status = 1
         if team.speaks_first():
             print_error(fault, f"rank {runtime.rank}: " if team.size > 1 else "")
+    except Exception:
+        if team.size == 1:
+            raise
+        traceback.print_exc()
+        status = 1
     finally:
         end_loaders()
     if team.size > 1:

@@ -19,7 +19,7 @@ import main
 import mnasnet
 from conftest import ROOT, SMALL, checkpoint, free_port, run_main, the_error, torchrun
 
-TWO = ["--multiprocessing-distributed", "--device-list", "0,1"]
+TWO, FOUR = (["--multiprocessing-distributed", "--device-list", cards] for cards in ("0,1", "0,1,2,3"))
 BF16 = hasattr(torch, "autocast")  # what O1 and O2 need on the cpu
 
 
@@ -120,7 +120,8 @@ def stop(arguments, cwd, signum, lines):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [[], TWO] + ([["--opt-level", "O2"]] if BF16 else []), ids=lambda e: "_".join(e) or "1")
+@pytest.mark.parametrize("extra", [[], TWO, FOUR] + ([["--opt-level", "O2"]] if BF16 else []),
+                         ids=lambda e: "_".join(e) or "1")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_an_interrupted_run_ends_as_one_that_was_not(images, tmp_path, extra, signum):
     arguments = [images, "--epochs", 2, "--seed", 4, "--save-freq", 3, "--resume", "auto"] + extra
