@@ -120,14 +120,21 @@ def test_fast_depthwise_has_the_gradients_of_float64(kernel, stride, side, dtype
         assert ours.dtype == dtype and (ours.double() - theirs).abs().max() < tolerance * theirs.abs().max()
 
 
-def test_the_other_relu_has_the_numbers_of_relu():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["as it is", "one number in many places"])
+def test_fast_relu_has_the_numbers_of_relu(dtype, layout):
+    if not main.has_fast_depthwise(dtype):
+        assert not hasattr(torch, "autocast") or dtype == torch.bfloat16
+        return
     model = torch.nn.Sequential(torch.nn.ReLU(inplace=True))
     main.replace_relu(model)
-    images = torch.tensor([-2.0, -0.0, 0.0, 3.0, float("nan"), float("inf")], requires_grad=True)
+    images = torch.tensor([-2.0, -0.0, 0.0, 3.0, float("nan"), float("inf")], dtype=dtype, requires_grad=True)
     found, expected = model(images * 1), torch.relu(images)
     assert found.tolist()[:4] == expected.tolist()[:4] and torch.isnan(found[4]) and found[5] == float("inf")
-    toward = torch.tensor([5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
-    assert [torch.autograd.grad(f, images, toward)[0].tolist()[:4] for f in (found, expected)] == [[0, 0, 0, 8]] * 2
+    toward = torch.tensor([5.0, 6, 7, 8, 9, 10] if layout == "as it is" else [5.0], dtype=dtype).expand(6)
+    gradients = [torch.autograd.grad(result, images, toward.clone() if layout == "as it is" else toward)[0].tolist()
+                 for result in (found, expected)]
+    assert gradients[0] == gradients[1] and gradients[0][2:4] == [0, toward[3]]
 
 
 @pytest.mark.parametrize("side", [7, 8])
