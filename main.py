@@ -1555,12 +1555,13 @@ def load_pretrained(model, flags):
 
 
 def load_momentum(optimizer, saved):
-    """Takes the momentum from the state dict of any torch's SGD. Not by ``load_state_dict``, which would also take what
-    that SGD was: fused or not, as suited its torch and its device."""
+    """Takes the momentum, and the last learning rate, from the state dict of any torch's SGD. Not by
+    ``load_state_dict``, which would also take what that SGD was: fused or not, as suited its torch and its device."""
     names = [name for group in saved["param_groups"] for name in group["params"]]
     parameters = stepped_parameters(optimizer)
     if len(names) != len(parameters):
         raise ValueError(f"it steps {len(names)} parameters, this one {len(parameters)}")
+    optimizer.param_groups[0]["lr"] = saved["param_groups"][0]["lr"]
     for name, parameter in zip(names, parameters):
         if saved["state"].get(name):
             momentum = torch.empty_like(parameter)  # in the weight's order in memory, which the fused one needs

@@ -50,11 +50,12 @@ def test_a_first_step_that_overflows_changes_nothing():
         assert torch.allclose(weight, torch.full_like(weight, expected))
 
 
-def test_the_momentum_of_another_torch_is_taken_and_nothing_else():
+def test_the_momentum_of_another_torch_is_taken_and_not_what_its_sgd_was():
     runtime = main.Runtime(main.KINDS["cpu"], torch.device("cpu"))
     weight = torch.nn.Parameter(torch.ones(8, 4, 1, 1).contiguous(memory_format=torch.channels_last))
     optimizer = main.build_optimizer(flags("--lr", "1"), runtime, main.Precision(flags(), runtime), [weight])
     before = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    before["lr"] = 5
     momentum = torch.randn(8, 4, 1, 1)
     main.load_momentum(optimizer, {"state": {7: {"momentum_buffer": momentum}},
                                    "param_groups": [{"params": [7], "lr": 5, "fused": not before.get("fused")}]})
@@ -62,7 +63,7 @@ def test_the_momentum_of_another_torch_is_taken_and_nothing_else():
     assert torch.equal(optimizer.state[weight]["momentum_buffer"], momentum)
     for wrong in ({7: {"exp_avg": momentum}}, {7: {"momentum_buffer": momentum[:3]}}):
         with pytest.raises((KeyError, RuntimeError)):
-            main.load_momentum(optimizer, {"state": wrong, "param_groups": [{"params": [7]}]})
+            main.load_momentum(optimizer, {"state": wrong, "param_groups": [{"params": [7], "lr": 5}]})
 
 
 def test_master_weights_keep_the_memory_of_their_gradients():

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,18 @@ def test_an_interrupted_run_ends_as_one_that_was_not(images, tmp_path, extra, si
     losses(result)
     assert "resumed from" in result.stdout
     assert not chaos.differences(checkpoint(folders[0]), checkpoint(folders[1]))
+
+
+@pytest.mark.slow
+def test_a_run_stopped_between_its_last_step_and_the_evaluation_goes_on(images, tmp_path):
+    arguments = [images, "--epochs", 1, "--seed", 4, "--save-freq", 1, "--keep", 99]
+    losses(run_main(*arguments, cwd=tmp_path))
+    (tmp_path / "again").mkdir()
+    shutil.copy(str(tmp_path / "checkpoint-1.pth.tar"), str(tmp_path / "again" / "checkpoint.pth.tar"))
+    assert checkpoint(tmp_path, "checkpoint-1.pth.tar")["epoch"] == 0
+    assert losses(run_main(*arguments, "--resume", "auto", cwd=tmp_path / "again")) == []  # no step was left
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        assert not chaos.differences(checkpoint(tmp_path, name), checkpoint(tmp_path / "again", name))
 
 
 @pytest.mark.parametrize("level", ["O1", "O2"])
