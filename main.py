@@ -1133,13 +1133,14 @@ def fold_batchnorm(model):
 
 
 def has_fused_sgd(device):
-    """Whether this torch has a fused SGD for the device; 2.3 has one, but not for the CPU."""
-    weight = torch.zeros(1, device=device, requires_grad=True)
-    weight.grad = torch.zeros(1, device=device)
+    """Whether this torch has a fused SGD for the device; 2.3 has one, but not for the CPU. The operator is asked: the
+    first step of an optimiser imports torch's compiler, a second that an evaluation need not wait."""
+    weights, gradients = ([torch.zeros(1, device=device)] for _ in range(2))
     try:
-        torch.optim.SGD([weight], 0.1, fused=True).step()
+        torch._fused_sgd_(weights, gradients, [], weight_decay=0.0, momentum=0.0, lr=0.1, dampening=0.0, nesterov=False,
+                          maximize=False, is_first_step=False)
         return True
-    except (TypeError, RuntimeError):
+    except (AttributeError, RuntimeError):
         return False
 
 
