@@ -1,22 +1,29 @@
 """Trains MnasNet on ImageNet, or on any folder of images, on Ascend NPUs, NVIDIA GPUs or the CPU.
 
-1 card       python main.py /data/imagenet --device gpu
-8 cards      python main.py /data/imagenet --device npu --multiprocessing-distributed --device-list 0,1,2,3,4,5,6,7
-one of 8     python main.py /data/imagenet --multiprocessing-distributed --device-list 0,1,2,3,4,5,6,7 --local_rank 3
-torchrun     torchrun --nproc_per_node 8 main.py /data/imagenet
-2 nodes      python main.py ... --world-size 2 --rank 0 --dist-url tcp://node0:29500   (and --rank 1 on the other)
-CPU          python main.py /data/imagenet --device cpu -b 64
-evaluate     python main.py /data/imagenet -e --resume model_best.pth.tar
-benchmark    python main.py --synthetic 5120 --epochs 1 -b 512
+1 card      python main.py /data/imagenet --device gpu
+8 cards     python main.py /data/imagenet --multiprocessing-distributed --device-list 0,1,...,7
+one of 8    the same with --local_rank 3
+2 nodes     the same on each, with --world-size 2 --rank 0 (or 1) --dist-url tcp://node0:29500
+torchrun    torchrun --nproc_per_node 8 main.py /data/imagenet
+CPU         python main.py /data/imagenet --device cpu -b 64
+evaluate    python main.py /data/imagenet -e --resume model_best.pth.tar
+benchmark   python main.py --synthetic 5120 --epochs 1 -b 512
 
-It leaves checkpoint.pth.tar, model_best.pth.tar and metrics.csv in --output-dir, and ends with status 0; with 1 after
-an error, 2 for a command line that can't be; and with 143, 138 or 130 when SIGTERM, SIGUSR1 or Ctrl-C ended it, after
-saving where it was. ``--resume auto`` goes on from there.
+A run leaves checkpoint.pth.tar, model_best.pth.tar and metrics.csv in --output-dir. It ends with
+status 0; with 1 after an error, 2 for an invalid command line, and 143, 138 or 130 when SIGTERM,
+SIGUSR1 or Ctrl-C stopped it and it has saved its state. ``--resume auto`` continues from there.
+
+Sections; each uses only those above it. To see how training works, start at 8.
+1. Imports and errors          2. Flags                 3. Devices and processes
+4. Data                        5. Mixed precision       6. Model, optimizer, schedule, loss
+7. Checkpoints and logging     8. Training              9. Entry
 """
 
+# --- 1. Imports and errors ------------------------------------------------------------------------
+
 import argparse
+import atexit
 import contextlib
-import copy
 import ctypes
 import datetime
 import fcntl
@@ -31,7 +38,6 @@ import pickle
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -39,10 +45,10 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import namedtuple
 from dataclasses import dataclass, field
 
-# torch 2.5 and later import torch_npu by themselves, which fails where CANN is missing. cards_present() imports it.
+# torch >= 2.5 imports torch_npu by itself, which fails where CANN is missing: device_count does it.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import numpy as np
@@ -50,478 +56,778 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch.distributed.rendezvous import rendezvous
 
 import mnasnet
 
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+class UserError(Exception):
+    """A mistake that the user can fix: one line says what was found, expected and to be done."""
 
-class Fault(Exception):
-    """What a user can put right: one line that says what was found, what was expected and what to do."""
+def print_error(error, rank=None):
+    """Prints one line; torch puts a traceback before the message of an error in a loader."""
+    message = str(error).rsplit("UserError: ", 1)[-1].strip().replace("\n", " ")
+    origin = "" if rank is None else f"rank {rank}: "
+    print(f"main.py: error: {origin}{message}", file=sys.stderr, flush=True)
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------------------------------
+# --- 2. Flags -------------------------------------------------------------------------------------
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except those that the help text names itself."""
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        told = "(default" in action.help or action.default in (None, False, "")
-        return action.help if told else super()._get_help_string(action)
+        named = "(default" in action.help or action.default in (None, False, "")
+        return action.help if named else super()._get_help_string(action)
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports an invalid command line in one line, with status 2."""
 
-class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"main.py: error: {message} (--help lists every flag)\n")
 
-
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: an int or float of at least ``low`` (``above``: more than it) and at most ``high``."""
+def number(kind, low, high=sys.float_info.max, word=None):
+    """Returns an argparse type: an int or float from ``low`` to ``high``, or a word."""
 
     def convert(text):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if (low < value if above else low <= value) and value <= high and value < math.inf:
-                return value
-        what, bound = "a whole number" if kind is int else "a number", "above" if above else "of at least"
-        most = "" if high == math.inf else f" and at most {high}"
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected {what} {bound} {low}{most}")
+        value = text if text == word else kind(text)
+        if value != word and not low <= value <= high:
+            limit = f"to {high}" if high < sys.float_info.max else "or more"
+            raise argparse.ArgumentTypeError(f"found {text}, expected {low} {limit}")
+        return value
 
+    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's message
     return convert
 
-
-def cards(text):
+def card_list(text):
     """An argparse type: '0,1,3' as a list of different card numbers."""
-    numbers = text.split(",") if text else []
-    if not all(n.strip().isdigit() for n in numbers) or len({int(n) for n in numbers}) < len(numbers):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected different card numbers such as 0,1,2,3")
-    return [int(n) for n in numbers]
-
+    names = text.split(",") if text else []
+    if not all(name.strip().isdigit() for name in names) or len(set(map(int, names))) < len(names):
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}, expected different card numbers such as 0,1,2,3")
+    return [int(name) for name in names]
 
 def parse_args(argv=None):
-    """The flags as a namespace; ends the program with status 2 and one line where a value can't be."""
-    count, fraction = functools.partial(number, int), functools.partial(number, float)
-    parser = Parser(description="Trains MnasNet.", formatter_class=Help)
+    """Returns the flags; ends the program with status 2 and one line where one is invalid."""
+    count, real = functools.partial(number, int), functools.partial(number, float)
+    fraction, tiny = number(float, 0, 1), sys.float_info.epsilon
+    parser = ArgumentParser(description="Trains MnasNet.", formatter_class=HelpFormatter)
+
     add = parser.add_argument_group("data").add_argument
-    add("data", nargs="?", metavar="DIR", help="folder with train/ and val/, each with one folder a class")
-    add("--synthetic", type=count(1), metavar="N", help="train and evaluate on N generated images instead")
-    add("-j", "--workers", type=count(0), metavar="N",
-        help="loader processes a training process (default: its share of the cores)")
-    add("--train-crop-size", type=count(32), default=224, metavar="PX", help="side of a training crop")
-    add("--train-crop-scale", type=fraction(0, 1, above=True), default=0.08, metavar="SHARE",
-        help="least share of the image's area that a training crop takes")
-    add("--val-resize-size", type=count(32), default=256, metavar="PX", help="shorter side before the centre crop")
-    add("--val-crop-size", type=count(32), default=224, metavar="PX", help="side of the centre crop")
-    add("--max-bad", type=count(0), metavar="N",
-        help="end the run when more images than this can't be read (default: 0.1%% of the set, at least 10)")
-    add("--check-data", action="store_true", help="read every image once, list the bad ones, and end")
+    add("data", nargs="?", help="folder with train/ and val/, each with one folder per class")
+    add("--synthetic", type=count(1), help="train and evaluate on this many generated images")
+    add("-j", "--workers", type=count(0), help="loaders per process (default: its share of cores)")
+    add("--train-crop-size", type=count(32), default=224, help="side of a training crop, pixels")
+    add("--train-crop-scale", type=real(tiny, 1), default=0.08, help="its least area")
+    add("--val-crop-size", type=count(32), default=224, help="side of the center crop, pixels")
+    add("--val-resize-size", type=count(32), default=256, help="shorter side before the crop")
+    add("--max-bad", type=count(0), help="unreadable images accepted (default: 0.1%%, at least 10)")
 
     add = parser.add_argument_group("model").add_argument
     add("-a", "--arch", choices=sorted(mnasnet.WEIGHTS), default="mnasnet1_0", help="network")
-    add("--bn-momentum", type=fraction(0, 1, above=True), default=0.1, metavar="M",
-        help="weight of a new batch in BatchNorm's running statistics")
-    add("--dropout", type=fraction(0, 1), default=0.2, metavar="P", help="share of the classifier's inputs zeroed")
-    add("--freeze-bn", action="store_true", help="train with BatchNorm's running statistics as they are")
+    add("--bn-momentum", type=real(tiny, 1), default=0.1, help="of BatchNorm")
+    add("--dropout", type=fraction, default=0.2, help="dropout before the classifier")
+    add("--freeze-bn", action="store_true", help="keep BatchNorm's running statistics unchanged")
     add("--pretrained", action="store_true", help="start from torchvision's published weights")
-    add("--weights", metavar="FILE", help="with --pretrained: take the weights from this file, not from the net")
+    add("--weights", help="with --pretrained: file to read the weights from, not the network")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=count(1), default=90, metavar="N", help="length of the schedule")
-    add("--start-epoch", type=count(0), default=0, metavar="N", help="first epoch, for a restart by hand")
-    add("-b", "--batch-size", type=count(1), default=256, metavar="N", help="images a step, all cards of this node")
-    add("--lr", "--learning-rate", type=fraction(0), default=0.1, metavar="LR", help="highest learning rate")
-    add("--warmup", type=count(0), default=0, metavar="N", help="epochs of linear warm-up from 0.1 x lr")
-    add("--momentum", type=fraction(0, 1), default=0.9, metavar="M", help="Nesterov momentum")
-    add("--wd", "--weight-decay", type=fraction(0), default=1e-4, metavar="W", help="weight decay")
-    add("--label-smoothing", "--ls", type=fraction(0, 1), default=0.1, metavar="S",
-        help="share of the target spread over all classes")
-    add("--seed", type=count(0, 2 ** 31), metavar="N", help="fixes weights, order, augmentation and dropout, "
-        "and asks torch for deterministic algorithms (default: drawn and printed)")
+    add("--epochs", type=count(1), default=90, help="length of the schedule")
+    add("--start-epoch", type=count(0), default=0, help="first epoch, for a manual restart")
+    add("-b", "--batch-size", type=count(1), default=256, help="total batch size of this node")
+    add("--lr", "--learning-rate", type=real(0), default=0.1, help="peak learning rate")
+    add("--warmup", type=count(0), default=0, help="epochs of linear warm-up from 0.1 x lr")
+    add("--momentum", type=fraction, default=0.9, help="Nesterov momentum")
+    add("--wd", "--weight-decay", type=real(0), default=1e-4, help="weight decay")
+    add("--label-smoothing", "--ls", type=fraction, default=0.1, help="label smoothing")
+    add("--seed", type=count(0, 2 ** 31), help="makes the run deterministic (default: a new one)")
 
     add = parser.add_argument_group("precision").add_argument
-    add("--opt-level", choices=["O0", "O1", "O2"], help="O0: fp32; O1: autocast; O2: low-precision model with fp32 "
-        "master weights (default: O1 on npu and gpu, O0 on cpu)")
-    add("--compile", action="store_true", help="train through torch.compile")
-    add("--loss-scale", type=lambda text: text if text == "dynamic" else fraction(0, above=True)(text),
-        default="dynamic", metavar="S", help="'dynamic' or a fixed number")
+    add("--opt-level", choices=["O0", "O1", "O2"],
+        help="fp32, autocast, or fp32 master weights (default: O1 on npu and gpu, O0 on cpu)")
+    add("--compile", action="store_true", help="train with torch.compile")
+    add("--loss-scale", type=real(tiny, word="dynamic"), default="dynamic", help="or a number")
     add("--amp-backend", choices=["auto", "apex", "native"], default="auto",
-        help="auto: apex where it has amp, else native")
+        help="auto: apex where it is installed with amp, else native")
 
     add = parser.add_argument_group("devices and processes").add_argument
-    add("--device", choices=["npu", "gpu", "cpu"], help="(default: the best one present)")
-    add("--device-list", type=cards, default="", metavar="0,1,...", help="cards of this node")
-    add("--npu", type=count(0), metavar="ID", help="the card of a one-card run")
-    add("--multiprocessing-distributed", action="store_true", help="one process a card of --device-list")
-    add("--local_rank", "--local-rank", type=count(0), metavar="I",
-        help="this process's place in --device-list, where each process is started from outside")
-    add("--world-size", type=count(-1), default=-1, metavar="N", help="nodes (-1: one)")
-    add("--rank", type=count(-1), default=-1, metavar="I", help="this node's number (-1: 0)")
-    add("--dist-url", default="env://", metavar="URL",
-        help="tcp://HOST:PORT or file:///PATH where the processes meet, or env:// (MASTER_ADDR, MASTER_PORT)")
-    add("--dist-backend", metavar="NAME", help="collectives (default: hccl, nccl or gloo, by device)")
-    add("--dist-timeout", type=fraction(1), default=600.0, metavar="SEC",
-        help="how long a process waits for the others, at the start and at each step")
+    add("--device", choices=["npu", "gpu", "cpu"], help="(default: the best one available)")
+    add("--device-list", type=card_list, default="", help="cards of this node, such as 0,1,2,3")
+    add("--npu", type=count(0), help="card of a run on one card")
+    add("--multiprocessing-distributed", action="store_true", help="one process per listed card")
+    add("--local_rank", "--local-rank", type=count(0), help="for processes you start yourself")
+    add("--world-size", type=count(-1), default=-1, help="number of nodes (-1: one)")
+    add("--rank", type=count(-1), default=-1, help="rank of this node (-1: 0)")
+    add("--dist-url", default="env://", help="tcp://HOST:PORT, file:///PATH or env://")
+    add("--dist-backend", help="collectives (default: hccl, nccl or gloo, by device)")
+    add("--dist-timeout", type=real(1), default=600.0, help="seconds to wait for other ranks")
 
     add = parser.add_argument_group("checkpoints and logs").add_argument
-    add("--output-dir", default=".", metavar="DIR", help="where checkpoints and metrics.csv go")
-    add("--resume", metavar="FILE", help="go on from this checkpoint; 'auto': from the newest good one in --output-dir")
-    add("--save-freq", type=count(1), metavar="STEPS", help="save every so many steps, besides after each epoch")
-    add("--keep", type=count(1), default=2, metavar="N", help="checkpoints kept, the newest included")
+    add("--output-dir", default=".", help="folder for checkpoints and metrics.csv")
+    add("--resume", help="checkpoint to resume from; 'auto': the newest valid one in --output-dir")
+    add("--save-freq", type=count(1), help="save every so many steps, besides after each epoch")
+    add("--keep", type=count(1), default=2, help="checkpoints that are kept")
     add("-e", "--evaluate", action="store_true", help="evaluate the model of --resume, and end")
-    add("-p", "--print-freq", type=count(1), default=10, metavar="N", help="steps between two log lines")
-    add("--tensorboard", metavar="DIR", help="write TensorBoard's events there, too")
-    add("--run-prof", action="store_true", help="profile a few steps, print the costliest operators, and end")
+    add("-p", "--print-freq", type=count(1), default=10, help="steps between two log lines")
+    add("--tensorboard", help="folder to write TensorBoard events to")
+    add("--run-prof", action="store_true", help="profile a few steps, and end")
 
     flags = parser.parse_args(argv)
-    if flags.data is None and (flags.check_data or not flags.synthetic):
-        parser.error("no data folder: give one with train/ and val/ in it, or --synthetic N")
+    flags.nodes, flags.node_rank = max(1, flags.world_size), max(0, flags.rank)
+    if flags.data is None and not flags.synthetic:
+        parser.error("no data folder: give one that holds train/ and val/, or --synthetic N")
     if flags.val_crop_size > flags.val_resize_size:
-        parser.error(f"--val-crop-size {flags.val_crop_size} is larger than --val-resize-size "
-                     f"{flags.val_resize_size}: it must fit in it")
+        parser.error(f"--val-crop-size {flags.val_crop_size} must be at most --val-resize-size "
+                     f"{flags.val_resize_size}")
     if flags.weights and not flags.pretrained:
-        parser.error("--weights FILE does nothing alone: add --pretrained "
-                     "(or --resume FILE to go on from a checkpoint)")
+        parser.error("--weights has no effect without --pretrained (--resume continues a run)")
     if flags.evaluate and not (flags.resume or flags.pretrained):
         parser.error("-e has no model: give --resume FILE or --pretrained")
-    flags.nodes, flags.node_rank = max(1, flags.world_size), max(0, flags.rank)
     if flags.node_rank >= flags.nodes:
-        parser.error(f"--rank {flags.rank} is this node's number and must be below --world-size {flags.nodes}")
+        parser.error(f"--rank {flags.rank}, of this node, must be below --world-size {flags.nodes}")
     return flags
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runtime: the device, the processes, and what they agree on
-# ---------------------------------------------------------------------------------------------------------------------
-
+# --- 3. Devices and processes ---------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Kind:
+class Backend:
     """What differs between the kinds of device."""
 
     name: str
     module: str  # torch.<module> drives the cards; '' for the CPU
     collective: str
     amp_dtype: torch.dtype
-    opt_level: str  # --opt-level where none is asked for
+    opt_level: str  # the default of --opt-level
     channels_last: bool
+    fused_sgd: tuple = None  # the first torch whose SGD has a fused kernel that works here
 
-
-KINDS = {
-    "npu": Kind("npu", "npu", "hccl", torch.float16, "O1", False),
-    "gpu": Kind("gpu", "cuda", "nccl", torch.float16, "O1", True),
-    "cpu": Kind("cpu", "", "gloo", torch.bfloat16, "O0", True),
+BACKENDS = {
+    "npu": Backend("npu", "npu", "hccl", torch.float16, "O1", False),
+    # The fused SGD of torch 2.3 and 2.4 refuses weights in channels_last.
+    "gpu": Backend("gpu", "cuda", "nccl", torch.float16, "O1", True, fused_sgd=(2, 5)),
+    # torch 1.5 and 1.8 convolve in NCHW on the CPU.
+    "cpu": Backend("cpu", "", "gloo", torch.bfloat16, "O0", TORCH >= (2, 0), fused_sgd=(2, 4)),
 }
-
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process runs, and beside which others."""
+    """The device of this process and its rank."""
 
-    kind: Kind
+    backend: Backend
     device: torch.device
     rank: int = 0
     world_size: int = 1
     local_size: int = 1  # processes on this node
-    channels_last: bool = False
-
-    @property
-    def is_main(self):
-        return self.rank == 0
-
-    @property
-    def module(self):
-        """``torch.cuda``, ``torch.npu`` or None."""
-        return getattr(torch, self.kind.module) if self.kind.module else None
+    module: object = None  # torch.cuda or torch.npu
+    copy_stream: object = None  # one for all copies: a stream keeps the memory that it has used
 
     def synchronize(self):
         if self.module:
             self.module.synchronize()
 
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def accepts(function, name):
-    """Whether this torch's ``function`` has a parameter ``name``; how features are asked for here."""
-    try:
-        return name in inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return name in (function.__doc__ or "")
-
-
-def cards_present(kind):
-    """How many cards of a kind this machine has: (count, why there are none)."""
-    if kind.name == "cpu":
+def device_count(backend):
+    """Returns the number of this machine's cards, and the reason where there are none."""
+    if backend.name == "cpu":
         return 1, ""
-    if kind.name == "npu" and not hasattr(torch, "npu"):  # torch 1.5 for Ascend has it built in
+    if backend.name == "npu" and not hasattr(torch, "npu"):  # Ascend's torch 1.5 has it built in
         try:
             importlib.import_module("torch_npu")
-        except (ImportError, RuntimeError, SystemExit) as error:  # some exit, with status 0, where CANN is missing
+        except (ImportError, RuntimeError, SystemExit) as error:  # some exit where CANN is missing
             return 0, f"torch_npu does not import ({first_line(error)})"
-    module = getattr(torch, kind.module, None)
+    module = getattr(torch, backend.module, None)
     count = module.device_count() if module and module.is_available() else 0
-    return count, "" if count else f"torch.{kind.module} finds no card"
+    return count, "" if count else f"torch.{backend.module} finds no card"
 
+def select_backend(flags):
+    """Returns the backend asked for, or the best one available with the reasons against others."""
+    notes = []
+    for backend in [BACKENDS[flags.device]] if flags.device else BACKENDS.values():
+        count, reason = device_count(backend)
+        if count:
+            return backend, f" ({'; '.join(notes)})" if notes else ""
+        notes.append(f"{backend.name}: {reason}")
+    raise UserError(f"--device {flags.device} is not available: {reason}")
 
-def choose_kind(flags):
-    """The kind of device asked for, or else the best one present, and why it is none of those before: (kind, reasons).
-    Raises a Fault where the device, or a card that is listed, is not there."""
-    reasons, card = [], max(flags.device_list or [flags.npu or 0])
-    for kind in [KINDS[flags.device]] if flags.device else KINDS.values():
-        count, why = cards_present(kind)
-        if not count:
-            reasons.append(f"{kind.name}: {why}")
-        elif kind.name == "cpu" or card < count:
-            return kind, reasons
-        else:
-            flag, cards = ("--device-list", range(count)) if flags.device_list else ("--npu", [0])
-            raise Fault(f"{flag} names card {card}, and this machine has {count} {kind.name} card(s): "
-                        f"give {flag} {','.join(map(str, cards))}")
-    raise Fault(f"--device {flags.device} is not there: {why}. Give a device that this machine has")
+def select_cards(flags, backend):
+    """Returns the numbers of this node's cards; on the CPU any numbers, one per process."""
+    count, _ = device_count(backend)
+    cards = flags.device_list or (list(range(count)) if flags.npu is None else [flags.npu])
+    if max(cards) >= count and backend.name != "cpu":
+        raise UserError(f"card {max(cards)} is not available: this machine has {count} "
+                        f"{backend.name} card(s); give other numbers with --device-list or --npu")
+    return cards
 
-
-def find_place(flags):
-    """This process among the others: its rank, how many there are, its rank on this node, how many are there."""
-    listed, env = flags.device_list, os.environ
+def resolve_rank(flags):
+    """Returns the rank, the world size, the local rank and the number of processes on this node."""
+    cards, env = len(flags.device_list), os.environ
     if flags.multiprocessing_distributed:
-        rank = flags.node_rank * len(listed) + flags.local_rank
-        return rank, flags.nodes * len(listed), flags.local_rank, len(listed)
+        rank = flags.node_rank * cards + flags.local_rank
+        return rank, flags.nodes * cards, flags.local_rank, cards
     if "RANK" in env and "WORLD_SIZE" in env:  # torchrun
-        local_rank = int(env.get("LOCAL_RANK", 0)) if flags.local_rank is None else flags.local_rank
         world_size = int(env["WORLD_SIZE"])
-        return int(env["RANK"]), world_size, local_rank, int(env.get("LOCAL_WORLD_SIZE", world_size))
-    if len(listed) > 1:
-        raise Fault(f"--device-list names {len(listed)} cards for one process: add --multiprocessing-distributed")
+        local_rank = int(env.get("LOCAL_RANK", 0) if flags.local_rank is None else flags.local_rank)
+        local_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
+        return int(env["RANK"]), world_size, local_rank, local_size
+    if cards > 1:
+        raise UserError(f"--device-list names {cards} cards for one process: add "
+                        "--multiprocessing-distributed")
     return 0, 1, 0, 1
 
+def cores_per_process(processes=1):
+    """Returns the usable cores of this machine, divided among so many processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // processes)
 
-def open_device(flags, kind):
-    """This process's ``Runtime``, its card made current before anything else touches it."""
-    rank, world_size, local_rank, local_size = find_place(flags)
-    card = local_rank if flags.npu is None else flags.npu
-    if flags.device_list:
-        if local_rank >= len(flags.device_list):
-            raise Fault(f"local rank {local_rank} has no card: --device-list names {len(flags.device_list)}")
-        card = flags.device_list[local_rank]
-    device = torch.device(kind.module, card) if kind.module else torch.device("cpu")
-    runtime = Runtime(kind, device, rank, world_size, local_size, kind.channels_last and keeps_channels_last(kind))
-    module, threads = runtime.module, share_of_cores(local_size)
-    if module:
-        if card >= module.device_count():
-            raise Fault(f"{kind.name} card {card} is not there: this machine has {module.device_count()}")
-        module.set_device(device)
-        if hasattr(torch, "set_float32_matmul_precision"):
-            torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, as convolutions have by default
-        if hasattr(module, "set_compile_mode"):  # Ascend: the built-in operators, not one compiled for each shape
-            module.set_compile_mode(jit_compile=False)
-        if hasattr(module, "set_option") and "ACL_OP_COMPILER_CACHE_MODE" not in os.environ:
-            module.set_option({"ACL_OP_COMPILER_CACHE_MODE": "enable"})  # keeps what is compiled
-    elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)  # not idly: torch 1.8's loader processes may hang after it
-    return runtime
-
-
-def usable_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def share_of_cores(processes):
-    """Cores for each of the processes on this node."""
-    return max(1, usable_cores() // processes)
-
-
-def keeps_channels_last(kind):
-    """Whether convolutions of this torch stay in channels_last, which on the CPU the first generations' do not."""
-    images = torch.zeros(1, 8, 6, 6).to(memory_format=torch.channels_last)
-    kept = F.conv2d(images, torch.zeros(8, 8, 3, 3)).is_contiguous(memory_format=torch.channels_last)
-    return kept or bool(kind.module)
-
+def open_device(flags, backend):
+    """Returns this process's ``Runtime``; its card is current before anything else uses it."""
+    cards = select_cards(flags, backend)
+    rank, world_size, local_rank, local_size = resolve_rank(flags)
+    if backend.name == "cpu":
+        threads = cores_per_process(local_size)
+        # Not where it changes nothing: after it torch 1.8's loader processes may hang.
+        if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        return Runtime(backend, torch.device("cpu"), rank, world_size, local_size)
+    if local_rank >= len(cards):
+        raise UserError(f"local rank {local_rank} has no card: this node has {len(cards)}")
+    device, module = torch.device(backend.module, cards[local_rank]), getattr(torch, backend.module)
+    module.set_device(device)
+    if TORCH >= (1, 12):
+        torch.set_float32_matmul_precision("high")  # TF32, which convolutions use by default
+    if hasattr(module, "set_compile_mode"):  # Ascend: don't compile for each new shape
+        module.set_compile_mode(jit_compile=False)
+    if hasattr(module, "set_option") and "ACL_OP_COMPILER_CACHE_MODE" not in os.environ:
+        module.set_option({"ACL_OP_COMPILER_CACHE_MODE": "enable"})
+    return Runtime(backend, device, rank, world_size, local_size, module, module.Stream())
 
 def die_with_parent(signum):
-    """Has the kernel (Linux) send this process ``signum`` when its parent is gone, so that none is left behind."""
+    """Asks the kernel (Linux) to send this process ``signum`` when its parent ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, int(signum))
 
-
-def keep_freed_memory(processes):
-    """Has glibc keep freed blocks, in pages of 2 MB; False where the C library is another. A step on the CPU takes and
-    frees hundreds of MB: getting them back from the kernel page by page made it 1.4 times as long, small pages made it
-    1.1 times as long. ``processes`` is how many share this machine's memory."""
-    trim_threshold, mmap_max, huge_page = -1, -4, 14  # from malloc.h and mman.h
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        kept = libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1)
-    except (OSError, AttributeError):
-        return False
-    # The heap grows to what a large batch may take: addresses only, the pages come when they are written to. Where it
-    # can't, or the kernel has no large pages, it stays as it is.
-    size, page = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // processes, 2 ** 21
-    libc.malloc.restype = ctypes.c_void_p
-    block = libc.malloc(ctypes.c_size_t(size))
-    if block:
-        aligned = block + -block % page
-        libc.madvise(ctypes.c_void_p(aligned), ctypes.c_size_t(size - page), huge_page)
-        libc.free(ctypes.c_void_p(block))
-    return bool(kept)
-
-
-def meeting_point(flags, runtime, limit):
-    """The store where the processes of a run find each other, and its address in words. Raises a Fault where the
-    address is not one, its port is taken, or nobody answers there in time."""
-    url, env = flags.dist_url, os.environ
-    if url.startswith("file://"):
-        return dist.FileStore(url[len("file://"):], runtime.world_size), url
-    usual = f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '29688')}"
-    if url == "env://":
-        url = usual
-    address = re.fullmatch(r"tcp://(.+):([0-9]+)", url)
-    if not address or int(address.group(2)) > 65535:
-        raise Fault(f"--dist-url {flags.dist_url!r} is no address: expected tcp://HOST:PORT, file:///PATH or env://")
-    host, port = address.group(1), int(address.group(2))
-    # torchrun may have a store there already, and keeps it over its restarts: each gets names of its own in it.
-    there = url == usual and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not flags.multiprocessing_distributed
-    hosts, prefix = runtime.is_main and not there, "attempt" + env.get("TORCHELASTIC_RESTART_COUNT", "0")
-    options = {}
-    if accepts(dist.TCPStore.__init__, "wait_for_workers"):
-        options["wait_for_workers"] = False  # init_process_group waits, and with a better message
-    if hosts and host in ("127.0.0.1", "localhost") and accepts(dist.TCPStore.__init__, "master_listen_fd"):
-        try:  # torch itself would listen on every interface
-            options["master_listen_fd"] = socket.create_server(("127.0.0.1", port)).detach()
-        except OSError as error:
-            raise Fault(f"port {port} can't be used ([Errno {error.errno}] {os.strerror(error.errno)}): "
-                        "give another in --dist-url or MASTER_PORT")
-    try:
-        return dist.PrefixStore(prefix, dist.TCPStore(host, port, runtime.world_size, hosts, limit, **options)), url
-    except (RuntimeError, ValueError) as error:
-        raise Fault(f"no meeting at {url} within {flags.dist_timeout:g} s ({first_line(error)}): are all processes "
-                    "started, is the port free, does rank 0 run on that host?")
-
-
-class Team:
-    """All processes of a run: what they agree on goes over gloo between the hosts, and never waits for a device."""
+class ProcessGroup:
+    """All ranks of a run. Its collectives go over gloo, from host to host: no device waits."""
 
     def __init__(self, flags, runtime):
-        self.runtime, self.size, self.timeout, self.signal = runtime, runtime.world_size, flags.dist_timeout, 0
-        if self.size == 1:
-            return
-        if runtime.local_size == self.size and os.path.exists("/sys/class/net/lo"):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node: nothing listens to the network
-        limit = datetime.timedelta(seconds=self.timeout)
-        backend = flags.dist_backend or runtime.kind.collective
-        if not hasattr(torch, "autocast"):  # torch 1.8 lets nccl wait for ever unless told not to
-            os.environ.setdefault("NCCL_ASYNC_ERROR_HANDLING", "1")
-        # nccl and hccl end a process that waits in vain; poll() is to be the first to notice, and names the others.
-        longer = limit if backend == "gloo" else limit + datetime.timedelta(seconds=60)
-        self.store, where = meeting_point(flags, runtime, limit)
-        try:
-            dist.init_process_group(backend, store=self.store, rank=runtime.rank, world_size=self.size, timeout=longer)
-            self.group = dist.new_group(backend="gloo", timeout=limit)
-        except (RuntimeError, ValueError) as error:
-            raise Fault(f"rank {runtime.rank} of {self.size} found no others at {where} within {self.timeout:g} s "
-                        f"({first_line(error)}): start all of them, with the same address")
-        if runtime.is_main:
-            print(f"=> {self.size} processes met at {where}, collectives over {backend}", flush=True)
+        self.rank, self.size = runtime.rank, runtime.world_size
+        self.timeout = flags.dist_timeout
+        self.signal = 0  # that this process has received
+        if self.size > 1:
+            backend = flags.dist_backend or runtime.backend.collective
+            self.initialize(flags.dist_url, backend, runtime.local_size == self.size)
 
-    def listen(self):
+    def initialize(self, url, backend, one_node):
+        """Raises UserError where not all ranks are found at the URL in time."""
+        env = os.environ
+        if one_node and os.path.exists("/sys/class/net/lo"):
+            env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node does not use the network
+        if TORCH < (2, 0):
+            env.setdefault("NCCL_ASYNC_ERROR_HANDLING", "1")  # else nccl waits for ever
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        env.setdefault("MASTER_PORT", "29688")
+        address = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if url == "env://" else url
+        limit = datetime.timedelta(seconds=self.timeout)
+        # nccl and hccl abort: sync_step, which names the silent ranks, has to notice first.
+        margin = datetime.timedelta(seconds=0 if backend == "gloo" else 60)
+        try:
+            store, _, _ = next(rendezvous(url, self.rank, self.size, timeout=limit))
+            # torchrun keeps its store when it restarts the ranks.
+            self.store = dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(backend, store=self.store, rank=self.rank,
+                                    world_size=self.size, timeout=limit + margin)
+            self.group = dist.new_group(backend="gloo", timeout=limit)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"rank {self.rank}: rendezvous failed at {address} within "
+                            f"{self.timeout:g} s ({first_line(error)}): start all ranks with the "
+                            "same --dist-url, tcp://HOST:PORT, file:///PATH or env://")
+        if self.rank == 0:
+            print(f"=> {self.size} processes, rendezvous at {address}, collectives over {backend}",
+                  flush=True)
+
+    def handle_signals(self):
         """From here on a signal is a request to save and end."""
         for signum in SIGNALS:
-            signal.signal(signum, lambda number, frame: setattr(self, "signal", number))
+            signal.signal(signum, lambda received, frame: setattr(self, "signal", received))
 
-    def poll(self, news=0):
-        """The signal that any process has had (0: none), and the largest ``news``; all call this equally often."""
+    def sync_step(self, unreadable):
+        """All-reduces the pending signal (returned: that of any rank, or 0) and the number of
+        unreadable images of a step (returned: over all ranks)."""
         if self.size == 1:
-            return self.signal, news
-        values = torch.tensor([self.signal, news])
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
-        return values.tolist()
+            return self.signal, unreadable
+        values = torch.tensor([unreadable] + [int(self.signal == signum) for signum in SIGNALS])
+        dist.all_reduce(values, group=self.group)
+        total, *received = values.tolist()
+        return next((int(s) for s, ranks in zip(SIGNALS, received) if ranks), 0), total
 
     def gather(self, row):
-        """[N] on the host -> [world size, N], a row a process."""
+        """Returns the ``row`` [N] of every rank as [world size, N]; on the host."""
         rows = [row.clone() for _ in range(self.size)]
         if self.size > 1:
             dist.all_gather(rows, row, group=self.group)
         return torch.stack(rows)
 
     def sum(self, values):
-        """The sums over the processes of a list of numbers, in float64."""
+        """Returns the sums of a list of numbers over all ranks, in float64."""
         return self.gather(torch.tensor(values, dtype=torch.float64)).sum(0).tolist()
 
-    def first(self, value):
-        """The first process's number, for all."""
-        return self.gather(torch.tensor([value]))[0].item()
-
     @contextlib.contextmanager
-    def faults(self):
-        """Turns the error of a collective that did not come about into the Fault that names the processes which no
-        longer answer: all others sign the store, those don't."""
+    def name_silent_ranks(self):
+        """Turns a failed collective into a UserError: all but the silent ranks sign the store."""
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not re.search("gloo|nccl|hccl|ProcessGroup|Connection", str(error), re.IGNORECASE):
+            collective = re.search("gloo|nccl|hccl|ProcessGroup|Connection", str(error), re.I)
+            if self.size == 1 or not collective:
                 raise
             try:
-                self.store.add(f"lost/{self.runtime.rank}", 1)
+                self.store.add(f"alive/{self.rank}", 1)
                 time.sleep(min(3.0, self.timeout))
-                silent = [rank for rank in range(self.size) if not self.store.add(f"lost/{rank}", 0)]
+                silent = [r for r in range(self.size) if not self.store.add(f"alive/{r}", 0)]
             except RuntimeError:
-                silent = [0]  # its process holds the store
-            names = ", ".join(f"rank {rank}" for rank in silent) or "another rank"
-            raise Fault(f"{names} gone or stuck, no answer ({first_line(error)}). See its output; --resume auto goes "
-                        "on from the last checkpoint")
+                silent = [0]  # which holds the store
+            names = ", ".join(f"rank {r}" for r in silent) or "another rank"
+            raise UserError(f"{names} does not respond ({first_line(error)}): see its output; "
+                            "--resume auto continues from the last checkpoint")
 
-    def speaks_first(self):
-        """Whether this process is the first to report a fault; the others would only repeat it."""
-        with contextlib.suppress(RuntimeError):  # the process that holds the store is gone
-            return self.size == 1 or self.store.add("fault", 1) == 1
+    def is_first_to_report(self):
+        """Returns whether no other rank has reported an error: they would repeat each other."""
+        with contextlib.suppress(RuntimeError):  # the rank that holds the store is gone
+            return self.size == 1 or self.store.add("error", 1) == 1
         return True
 
+def forward_signal(children, signum):
+    for child in children:
+        if child.poll() is None:
+            child.send_signal(signum)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Precision
-# ---------------------------------------------------------------------------------------------------------------------
+def wait_children(children, first_rank):
+    """Returns the status of the first child that fails, or 0; the others then have 60 s to end."""
+    status, deadline, codes = 0, math.inf, [None]
+    while None in codes and time.monotonic() < deadline:
+        time.sleep(0.05)
+        codes = [child.poll() for child in children]
+        rank = next((rank for rank, code in enumerate(codes) if code), None)
+        if rank is not None and not status:
+            status, deadline = codes[rank], time.monotonic() + 60
+            if codes[rank] < 0:
+                status, name = 128 - codes[rank], signal.Signals(-codes[rank]).name
+                print_error(f"rank {first_rank + rank} was killed by {name}; ending the others")
+            forward_signal(children, signal.SIGTERM)
+    return status
 
+def launch(flags, argv, backend):
+    """Starts one process per card of this node and returns their exit status."""
+    processes, children = len(flags.device_list), []
+    for signum in SIGNALS:
+        signal.signal(signum, lambda received, frame: forward_signal(children, received))
+    environment = dict(os.environ)
+    if backend.name == "cpu":
+        environment.setdefault("OMP_NUM_THREADS", str(cores_per_process(processes)))
+    with tempfile.TemporaryDirectory(prefix="mnasnet-") as folder:
+        url = flags.dist_url
+        if flags.nodes == 1 and url == "env://" and "MASTER_ADDR" not in os.environ:
+            url = f"file://{folder}/rendezvous"  # one node needs no port
+        command = [sys.executable, os.path.abspath(__file__), *argv, "--dist-url", url,
+                   "--device", backend.name, "--device-list", ",".join(map(str, flags.device_list))]
+        try:
+            for local_rank in range(processes):
+                children.append(subprocess.Popen(
+                    command + ["--local_rank", str(local_rank)], env=environment,
+                    start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGTERM)))
+            return wait_children(children, flags.node_rank * processes)
+        finally:
+            for child in children:  # with its loaders, which are in its process group
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+
+
+# --- 4. Data --------------------------------------------------------------------------------------
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue, from torchvision's references
+STD = (0.229, 0.224, 0.225)
+LARGE_JPEG = 2 ** 18  # bytes; a photo that is worth decoding at a fraction of its resolution
+
+@functools.lru_cache(None)
+def jpeg_decoder():
+    """Returns torchvision's JPEG decoder, bytes -> uint8 [3, H, W], or None to use Pillow."""
+    if TORCH < (2, 1):  # no antialiased resize of uint8
+        return None
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except (ImportError, RuntimeError):
+        return None
+    warnings.filterwarnings("ignore", module="torchvision")  # deprecated since torchvision 0.29
+    return lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8),
+                                    mode=ImageReadMode.RGB)
+
+def crop_with_torch(image, get_crop, size):
+    """Returns the crop of a decoded image [3, H, W] as uint8 [size, size, 3]."""
+    (left, top, w, h), (width, height), (x, y) = get_crop(image.shape[2], image.shape[1])
+    region = image[None, :, top:top + h, left:left + w]
+    if (w, h) != (width, height):
+        region = F.interpolate(region, (height, width), mode="bilinear", antialias=True)
+    return region[0, :, y:y + size, x:x + size].permute(1, 2, 0).numpy()
+
+def to_rgb(image):
+    """Converts any mode that Pillow decodes: 16 bits are scaled to 8, transparency is white."""
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips at 255
+        pixels = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
+        image = Image.fromarray(pixels.astype(np.uint8))
+    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+def read_with_pillow(data, get_crop, size):
+    """Returns the crop of an encoded image as uint8 [size, size, 3]; one resize does it all."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # unusual metadata
+        image = Image.open(io.BytesIO(data))
+        full_size = image.size
+        crop = get_crop(*full_size)
+        scale = [crop.box[i + 2] / crop.resized[i] for i in (0, 1)]
+        left, top = (crop.box[i] + crop.corner[i] * scale[i] for i in (0, 1))
+        box = (left, top, left + size * scale[0], top + size * scale[1])  # in pixels of the file
+        # JPEG decodes faster at 1/2, 1/4 or 1/8 of the resolution; twice the crop's is enough.
+        image.draft("RGB", tuple(int(2 * side / max(2, min(scale))) for side in full_size))
+        image = to_rgb(image)
+        factor = round(full_size[0] / image.size[0])
+        # Rounding may put an edge just outside the image.
+        box = tuple(min(max(edge / factor, 0), image.size[i % 2]) for i, edge in enumerate(box))
+        return np.asarray(image.resize((size, size), Image.BILINEAR, box=box))
+
+def read_image(path, get_crop, size):
+    """Returns the ``Crop`` get_crop(width, height) of an image file: uint8 [size, size, 3],
+    antialiased bilinear; EXIF rotation is ignored, as in torchvision. Raises OSError where
+    the file can't be decoded."""
+    with open(path, "rb") as file:
+        data = file.read()
+    decode = jpeg_decoder()
+    if decode and data[:3] == b"\xff\xd8\xff" and len(data) < LARGE_JPEG:
+        with contextlib.suppress(RuntimeError):  # CMYK, or damaged: Pillow decides
+            return crop_with_torch(decode(data), get_crop, size)
+    try:
+        return read_with_pillow(data, get_crop, size)
+    except Exception as error:  # Pillow's plugins raise SyntaxError, struct.error, IndexError, ...
+        raise OSError(f"{type(error).__name__}: {first_line(error)}")
+
+class ImageFolder:
+    """The images of a folder with one folder per class: ``classes``, ``paths`` and ``labels`` [N],
+    numpy arrays in one block each, which loaders share. Raises UserError where there are none."""
+
+    def __init__(self, root):
+        self.root = os.path.abspath(root)
+        if not os.path.isdir(root):
+            raise UserError(f"no folder {root!r}: the data folder must hold train/ and val/, each "
+                            "with one folder per class")
+        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        if not self.classes:
+            raise UserError(f"{root!r} holds no folders: expected one folder of images per class")
+        paths, labels = [], []
+        for label, name in enumerate(self.classes):
+            tree = os.walk(os.path.join(self.root, name), followlinks=True)
+            found = [os.path.join(folder, file)[len(self.root) + 1:]
+                     for folder, _, files in tree for file in files
+                     if file.lower().endswith(EXTENSIONS)]
+            if not found:
+                raise UserError(f"class folder {os.path.join(self.root, name)!r} holds no image "
+                                f"({' '.join(EXTENSIONS)}): add some or remove it")
+            paths += sorted(map(os.fsencode, found))
+            labels += [label] * len(found)
+        self.paths, self.labels = np.array(paths), np.array(labels)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def path(self, index):
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+    def read(self, index, get_crop, size):
+        return read_image(self.path(index), get_crop, size)
+
+class SyntheticImages(ImageFolder):
+    """Images of noise, the same in every run, to measure without data."""
+
+    def __init__(self, count):
+        self.classes = [f"{label:04d}" for label in range(1000)]
+        self.labels = np.arange(count) % len(self.classes)
+
+    def read(self, index, get_crop, size):
+        pixels = np.random.RandomState(index).bytes(size * size * 3)
+        return np.frombuffer(pixels, np.uint8).reshape(size, size, 3)
+
+def open_images(flags):
+    """Returns the training images, or None for an evaluation, and the validation images."""
+    if flags.synthetic:
+        return SyntheticImages(flags.synthetic), SyntheticImages(flags.synthetic)
+    train = None if flags.evaluate else ImageFolder(os.path.join(flags.data, "train"))
+    val = ImageFolder(os.path.join(flags.data, "val"))
+    if train and train.classes != val.classes:
+        odd = min(set(train.classes) ^ set(val.classes))
+        raise UserError(f"train/ has {len(train.classes)} classes and val/ {len(val.classes)}, "
+                        f"which must be the same: {odd!r} is only in one of them")
+    return train, val
+
+# What to take of an image: cut the box (left, top, width, height), resize it to a width and height,
+# and cut a square at a corner (left, top); in pixels.
+Crop = namedtuple("Crop", "box resized corner")
+
+def random_resized_crop(width, height, size, scale, rng):
+    """RandomResizedCrop: a part of at least ``scale`` of the image's area, ratio 3/4 to 4/3."""
+    for _ in range(10):
+        area = width * height * rng.uniform(scale, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            return Crop((left, top, w, h), (size, size), (0, 0))
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return Crop(((width - w) // 2, (height - h) // 2, w, h), (size, size), (0, 0))
+
+def resize_center_crop(width, height, resize, size):
+    """Resize of the shorter side, then CenterCrop."""
+    resized = tuple(int(resize * side / min(width, height)) for side in (width, height))
+    corner = tuple(round((side - size) / 2) for side in resized)
+    return Crop((0, 0, width, height), resized, corner)
+
+class ImageBatches(torch.utils.data.Dataset):
+    """Whole batches: ``self[epoch, indices]`` is images, uint8 [n, size, size, 3], labels, int64
+    [n], and a list with (index, reason) of the unreadable ones.
+
+    What is done to an image depends on (seed, epoch, index) alone, so that any number of loaders
+    gives the same batches. In training another image of its class replaces an unreadable one; in
+    evaluation (no seed) an empty one does, with label -1, which no prediction matches."""
+
+    def __init__(self, images, flags, seed=None):
+        self.images, self.flags, self.seed = images, flags, seed
+        self.train = seed is not None
+        self.size = flags.train_crop_size if self.train else flags.val_crop_size
+
+    def __getitem__(self, key):
+        epoch, indices = key
+        images = torch.empty(len(indices), self.size, self.size, 3, dtype=torch.uint8)
+        labels, unreadable = torch.from_numpy(self.images.labels[indices]), []
+        for pixels, label, index in zip(images.numpy(), labels, indices):
+            try:
+                pixels[:] = self.load(epoch, index)
+            except OSError as error:
+                unreadable.append((int(index), first_line(error)))
+                if self.train:
+                    pixels[:] = self.load_substitute(epoch, index)
+                else:
+                    pixels[:] = 0
+                    label.fill_(-1)
+        return images, labels, unreadable
+
+    def load(self, epoch, index):
+        """Returns an augmented image, in evaluation the center crop: uint8 [size, size, 3]."""
+        if not self.train:
+            get_crop = functools.partial(
+                resize_center_crop, resize=self.flags.val_resize_size, size=self.size)
+            return self.images.read(index, get_crop, self.size)
+        rng = random.Random(((self.seed << 20) + epoch << 40) + int(index))
+        get_crop = functools.partial(
+            random_resized_crop, size=self.size, scale=self.flags.train_crop_scale, rng=rng)
+        image = self.images.read(index, get_crop, self.size)
+        return image[:, ::-1] if rng.random() < 0.5 else image
+
+    def load_substitute(self, epoch, index):
+        """Returns the next image of the same class that can be read."""
+        same_class = np.flatnonzero(self.images.labels == self.images.labels[index])
+        for other in np.roll(same_class, -np.searchsorted(same_class, index))[1:]:
+            with contextlib.suppress(OSError):
+                return self.load(epoch, other)
+        name = self.images.classes[self.images.labels[index]]
+        raise UserError(f"no image of class {name!r} can be read: {self.images.path(index)}")
+
+class BatchSampler(torch.utils.data.Sampler):
+    """The keys of ``ImageBatches`` for one rank. Training: full batches in an order that depends
+    on (seed, epoch) alone, from ``first_image`` on. Evaluation (no seed): every image once, divided
+    among the ranks without padding."""
+
+    def __init__(self, count, batch_size, runtime, seed=None):
+        self.count, self.batch_size, self.runtime, self.seed = count, batch_size, runtime, seed
+        self.total = batch_size * runtime.world_size  # images of a step, all ranks
+        self.epoch, self.first_image = 0, 0
+
+    def __len__(self):
+        """Steps that all ranks take; in evaluation some may have no image left for the last."""
+        left = self.count - self.first_image
+        return left // self.total if self.seed is not None else -(-left // self.total)
+
+    def __iter__(self):
+        rank, world_size = self.runtime.rank, self.runtime.world_size
+        if self.seed is None:
+            indices = np.arange(self.first_image + rank, self.count, world_size)
+        else:
+            order = np.random.RandomState([self.seed, self.epoch]).permutation(self.count)
+            steps = order[self.first_image:][:len(self) * self.total]
+            indices = steps.reshape(len(self), world_size, self.batch_size)[:, rank].ravel()
+        for first in range(0, len(indices), self.batch_size):
+            yield self.epoch, indices[first:first + self.batch_size]
+
+def init_loader(index):
+    """Gives a loader process one core; the training process handles the signals."""
+    torch.set_num_threads(1)
+    die_with_parent(signal.SIGKILL)
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+def end_loaders():
+    """Ends the loader processes; they ignore SIGTERM, for which torch would wait at exit."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end
+    for child in multiprocessing.active_children():
+        child.kill()
+
+def make_loader(images, flags, runtime, batch_size, workers, seed=None):
+    """Returns the DataLoader of images: for training where a seed is given, else for evaluation."""
+    sampler = BatchSampler(len(images), batch_size, runtime, seed)
+    options = {"pin_memory": runtime.backend.name != "cpu"}
+    persistent = workers > 0 and TORCH >= (1, 7)
+    if persistent:
+        options["persistent_workers"] = True
+    if runtime.backend.name == "npu" and (1, 12) <= TORCH < (2, 6):
+        options["pin_memory_device"] = "npu"  # these torch versions look for CUDA
+    loader = torch.utils.data.DataLoader(
+        ImageBatches(images, flags, seed), batch_size=None, sampler=sampler, num_workers=workers,
+        worker_init_fn=init_loader, **options)
+    if persistent:
+        # Starts the processes with nothing to fetch: after the first steps they would be forked
+        # with a copy of all their memory.
+        sampler.first_image = sampler.count
+        iter(loader)
+        sampler.first_image = 0
+    atexit.register(end_loaders)
+    return loader
+
+def prefetch(loader, runtime, dtype):
+    """Yields a loader's batches on the device: normalized images, ``dtype`` [n, 3, S, S], targets
+    [n] and the list of unreadable images. Images are copied as uint8, from pinned memory, on a
+    stream of their own, one batch ahead."""
+    device, module, stream = runtime.device, runtime.module, runtime.copy_stream
+    mean = torch.tensor([255 * m for m in MEAN], device=device).view(1, 3, 1, 1)
+    scale = torch.tensor([1 / (255 * s) for s in STD], device=device).view(1, 3, 1, 1)
+    npu = runtime.backend.name == "npu"
+    # Ascend's cross entropy took 32 bits before torch 1.10.
+    target_dtype = torch.int32 if npu and TORCH < (1, 10) else torch.int64
+
+    def copy(images, targets, unreadable):
+        # torch_npu copies unpinned memory later, too, when it may be gone.
+        non_blocking = not npu or images.is_pinned()
+        with module.stream(stream) if module else contextlib.nullcontext():
+            images = images.to(device, non_blocking=non_blocking)
+            targets = targets.to(device, non_blocking=non_blocking).to(target_dtype)
+            return images, targets, unreadable, stream.record_event() if stream else None
+
+    def normalize(images, targets, unreadable, copied):
+        if module:
+            module.current_stream().wait_event(copied)
+            images.record_stream(module.current_stream())
+            targets.record_stream(module.current_stream())
+        images = images.permute(0, 3, 1, 2)
+        if not runtime.backend.channels_last:
+            images = images.contiguous()
+        return images.float().sub_(mean).mul_(scale).to(dtype), targets, unreadable
+
+    queue = []
+    for batch in loader:
+        queue.append(copy(*batch))
+        if len(queue) > 1:
+            yield normalize(*queue.pop(0))
+    for batch in queue:
+        yield normalize(*batch)
+
+
+# --- 5. Mixed precision ---------------------------------------------------------------------------
+
+def copy_parameters(parameters, values):
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values):
+            parameter.copy_(value)
+
+def optimizer_parameters(optimizer):
+    """Returns what the optimizer updates: the model's parameters in order, or their masters."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+def find_apex(flags, backend):
+    """Returns apex.amp where it is asked for, or available and usable; None for native."""
+    asked_for = flags.amp_backend == "apex"
+    if flags.amp_backend == "native" or (backend.name == "cpu" and not asked_for):
+        return None
+    amp = None
+    with contextlib.suppress(ImportError, AttributeError):  # PyPI's apex is another package
+        from apex import amp
+
+        amp.initialize
+    if asked_for and (amp is None or backend.name == "cpu"):
+        reason = "no apex.amp is installed (NVIDIA removed it from apex in 2025)"
+        raise UserError(f"--amp-backend apex: {reason if amp is None else 'apex needs a card'}. "
+                        "--amp-backend native computes the same")
+    return amp
+
+def find_native_amp(backend, dtype):
+    """Returns what makes an autocast context for the device, or None, and a gradient scaler."""
+    amp = getattr(torch.npu, "amp", None) if backend.name == "npu" else None
+    if hasattr(amp, "autocast"):  # its scaler reads the overflow flag of older cards
+        return amp.autocast, amp.GradScaler
+    autocast, scaler = None, torch.cuda.amp.GradScaler
+    if TORCH >= (1, 10):
+        autocast = functools.partial(torch.autocast, backend.module or "cpu", dtype=dtype)
+    elif backend.name == "gpu" and TORCH >= (1, 6):
+        autocast = torch.cuda.amp.autocast
+    if TORCH >= (2, 3):
+        scaler = functools.partial(torch.amp.GradScaler, backend.module or "cpu")
+    return autocast, scaler
 
 class Precision:
-    """O0, O1 or O2 over one model and one optimiser, through apex or native.
+    """O0, O1 or O2 for one model and one optimizer, through apex or native. O1 runs convolutions
+    and the classifier in low precision. O2 keeps the whole model in it except BatchNorm, and the
+    optimizer updates fp32 master weights. float16 trains with a loss scale, bfloat16 needs none.
 
-    O1 runs convolutions and the classifier in low precision. O2 keeps the whole model in it but BatchNorm, and the
-    optimiser steps fp32 master weights. float16 trains under a loss scale, bfloat16 needs none.
-
-    Use: ``parameters = precision.prepare(model)``, an optimiser over them, ``model, optimizer =
-    precision.initialize(model, optimizer)``, and only then DistributedDataParallel. Raises a Fault where this torch, or
-    this machine, lacks what the level needs.
-    """
+    Use: ``parameters = precision.prepare(model)``, an optimizer for them, ``model, optimizer =
+    precision.initialize(model, optimizer)``, and only then DistributedDataParallel. Raises
+    UserError where this torch lacks what the level needs."""
 
     def __init__(self, flags, runtime):
-        kind = runtime.kind
-        self.level, self.loss_scale = flags.opt_level or kind.opt_level, flags.loss_scale
+        backend = runtime.backend
+        self.level = flags.opt_level or backend.opt_level
+        self.loss_scale = flags.loss_scale
         low = self.level != "O0"
-        apex = find_apex(flags, kind) if low or flags.amp_backend == "apex" else None
+        apex = find_apex(flags, backend) if low or flags.amp_backend == "apex" else None
         self.apex = apex if low else None
-        self.conv_dtype = kind.amp_dtype if low else torch.float32  # what convolutions compute in
-        self.input_dtype = self.conv_dtype if self.level == "O2" and not self.apex else torch.float32
-        self.scales = self.conv_dtype == torch.float16  # a step may overflow without harm
+        self.conv_dtype = backend.amp_dtype if low else torch.float32
+        native_o2 = self.level == "O2" and not self.apex
+        self.input_dtype = self.conv_dtype if native_o2 else torch.float32
+        self.uses_loss_scale = self.conv_dtype == torch.float16
         self.autocast, self.scaler, self.masters = contextlib.nullcontext, None, None
         if self.apex:
             return
-        autocast = find_autocast(kind, self.conv_dtype)
+        autocast, scaler = find_native_amp(backend, self.conv_dtype)
         if low and autocast is None:
-            raise Fault(f"--opt-level {self.level} on {kind.name} needs torch's own autocast there, which torch "
-                        f"{torch.__version__} lacks: use --opt-level O0"
-                        + ("" if kind.name == "cpu" else ", or install an apex that has amp"))
+            hint = "" if backend.name == "cpu" else ", or install an apex that has amp"
+            raise UserError(f"--opt-level {self.level} on {backend.name} needs autocast, which "
+                            f"torch {torch.__version__} lacks there: use --opt-level O0{hint}")
         if self.level == "O1":
             self.autocast = autocast
-        scale = 2.0 ** 16 if self.loss_scale == "dynamic" else self.loss_scale
-        self.scaler = find_scaler(kind)(init_scale=scale, enabled=self.scales)
+        init_scale = 2.0 ** 16 if self.loss_scale == "dynamic" else self.loss_scale
+        self.scaler = scaler(init_scale=init_scale, enabled=self.uses_loss_scale)
 
     def __str__(self):
-        how = "fp32" if self.level == "O0" else "apex" if self.apex else f"native, {str(self.conv_dtype)[6:]}"
-        return f"{self.level} ({how})"
+        if self.level == "O0":
+            return "O0 (fp32)"
+        return f"{self.level} (apex)" if self.apex else f"{self.level} ({str(self.conv_dtype)[6:]})"
 
     def prepare(self, model):
-        """The parameters to optimise. The model itself goes to low precision under native O2."""
+        """Returns the parameters to optimize; native O2 converts the model to low precision."""
         if self.input_dtype == torch.float32:
             return list(model.parameters())
         self.masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
@@ -532,1553 +838,812 @@ class Precision:
         return self.masters
 
     def initialize(self, model, optimizer):
-        """The model and the optimiser as apex wants them, before training."""
+        """Returns the model and the optimizer as apex wants them, before training."""
         if not self.apex:
             return model, optimizer
-        options = {"combine_grad": True} if accepts(self.apex.initialize, "combine_grad") else {}  # Ascend's apex
+        options = {"opt_level": self.level, "loss_scale": self.loss_scale}
+        if "combine_grad" in inspect.signature(self.apex.initialize).parameters:  # Ascend's apex
+            options["combine_grad"] = True
         weights = [p.detach().clone() for p in model.parameters()]
-        model, optimizer = self.apex.initialize(
-            model, optimizer, opt_level=self.level, loss_scale=self.loss_scale, **options)
-        # Has apex put its fp32 weights in the optimiser now, not at the first step, when a checkpoint's momentum has
-        # been rounded to the model's float16. It makes them of rounded weights: they get back what was lost.
+        model, optimizer = self.apex.initialize(model, optimizer, **options)
+        # apex makes its fp32 weights at the first zero_grad, of rounded ones. Here they are made
+        # before a checkpoint's momentum is loaded, and get the exact weights.
         optimizer.zero_grad()
-        copy_into(stepped_parameters(optimizer), weights)
+        copy_parameters(optimizer_parameters(optimizer), weights)
         return model, optimizer
 
     def backward_and_step(self, loss, model, optimizer):
-        """Gradients of ``loss``, and the optimiser's step unless they overflowed; the gradients are cleared after."""
+        """Computes the gradients, takes a step unless they overflowed, and clears them."""
         if self.apex:
-            with self.apex.scale_loss(loss, optimizer) as scaled:
-                scaled.backward()
+            with self.apex.scale_loss(loss, optimizer) as scaled_loss:
+                scaled_loss.backward()
             optimizer.step()
-        else:
-            self.scaler.scale(loss).backward()
-            if self.masters:
-                for master, parameter in zip(self.masters, model.parameters()):
-                    if master.grad is None:
-                        master.grad = torch.empty_like(master)
-                    master.grad.copy_(parameter.grad)  # Ascend's fused SGD goes on reading the memory it saw first
-            self.scaler.step(optimizer)
-            self.scaler.update(None if self.loss_scale == "dynamic" else self.loss_scale)
-            if self.masters:
-                copy_into(model.parameters(), self.masters)
-                model.zero_grad()
+            optimizer.zero_grad()
+            return
+        self.scaler.scale(loss).backward()
+        for master, parameter in zip(self.masters or (), model.parameters()):
+            if master.grad is None:  # kept: Ascend's fused SGD goes on reading the first memory
+                master.grad = torch.empty_like(master)
+            master.grad.copy_(parameter.grad)
+        self.scaler.step(optimizer)
+        self.scaler.update(None if self.loss_scale == "dynamic" else self.loss_scale)
         optimizer.zero_grad()
+        if self.masters:
+            copy_parameters(model.parameters(), self.masters)
+            model.zero_grad()
 
     def state_dict(self):
         return (self.apex or self.scaler).state_dict()
 
     def load_state_dict(self, state):
-        """Takes a scaler's state in apex's form or in torch's own. A --loss-scale that is a number stays."""
-        if not state:
-            return
-        state = state.get("loss_scaler0") or {"loss_scale": state["scale"], "unskipped": state["_growth_tracker"]}
-        scale = state["loss_scale"] if self.loss_scale == "dynamic" else self.loss_scale
-        if self.apex:
-            self.apex.load_state_dict(OrderedDict(loss_scaler0=dict(state, loss_scale=scale)))
-        else:
-            state = dict(self.scaler.state_dict(), scale=scale, _growth_tracker=state["unskipped"])
-            self.scaler.load_state_dict(state)
-
-
-def copy_into(parameters, values):
-    with torch.no_grad():
-        for parameter, value in zip(parameters, values):
-            parameter.copy_(value)
-
-
-def stepped_parameters(optimizer):
-    """What the optimiser steps, in the order of the model's parameters: these, or their fp32 masters."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def find_apex(flags, kind):
-    """apex.amp where it is asked for, or there and able; None for torch's own."""
-    if flags.amp_backend == "native" or (kind.name == "cpu" and flags.amp_backend == "auto"):
-        return None
-    try:
-        from apex import amp  # `import apex` alone proves nothing: newer apex, and PyPI's other apex, have no amp
-
-        amp.initialize
-    except (ImportError, AttributeError):
-        if flags.amp_backend == "auto":
-            return None
-        raise Fault("--amp-backend apex: no apex.amp is installed (NVIDIA removed it from apex in 2025). "
-                    "--amp-backend native does the same")
-    if kind.name == "cpu":
-        raise Fault("--amp-backend apex: apex.amp does not run on the cpu. Use --amp-backend native")
-    return amp
-
-
-def find_autocast(kind, dtype):
-    """What makes an autocast context for the device, or None where this torch has none."""
-    if kind.name == "npu" and hasattr(getattr(torch.npu, "amp", None), "autocast"):
-        return torch.npu.amp.autocast
-    if hasattr(torch, "autocast"):
-        return functools.partial(torch.autocast, kind.module or "cpu", dtype=dtype)
-    return getattr(torch.cuda.amp, "autocast", None) if kind.name == "gpu" else None
-
-
-def find_scaler(kind):
-    """The class of gradient scaler for the device; where there is none, one that does nothing unless enabled."""
-    if kind.name == "npu" and hasattr(getattr(torch.npu, "amp", None), "GradScaler"):
-        return torch.npu.amp.GradScaler  # the older cards saturate, and only it reads their overflow flag
-    if hasattr(getattr(torch, "amp", None), "GradScaler"):
-        return functools.partial(torch.amp.GradScaler, kind.module or "cpu")
-    return torch.cuda.amp.GradScaler
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, red, green, blue; from torchvision
-LARGE = 50000  # images, from which on the index of a folder is kept: a second's scan
-
-
-def class_names(root):
-    """The class folders of a folder, sorted. Raises Fault where it is missing, or holds none."""
-    if not os.path.isdir(root):
-        raise Fault(f"no folder {root!r}: the data folder needs train/ and val/, with one folder a class in each")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if not classes:
-        raise Fault(f"{root!r} holds no folders: expected one folder of images a class")
-    return classes
-
-
-def scan(root, classes):
-    """What lies in the class folders of ``root``: ``paths`` of the images (bytes, relative) with their ``labels``, and
-    all ``folders`` with the ``times`` (ns) of their last change, by which a kept index is known to be true still.
-    Raises Fault where a class folder holds no image."""
-    paths, labels, folders = [], [], [os.fsencode(root)]
-    for label, name in enumerate(classes):
-        for folder, below, files in os.walk(os.path.join(root, name), followlinks=True):
-            below.sort()
-            folders.append(os.fsencode(folder))
-            inside = os.path.relpath(folder, root)
-            paths += [os.fsencode(os.path.join(inside, f)) for f in sorted(files) if f.lower().endswith(EXTENSIONS)]
-        if len(paths) == len(labels):
-            raise Fault(f"class folder {os.path.join(root, name)!r} holds no image ({' '.join(EXTENSIONS)}): "
-                        "add some or remove it")
-        labels += [label] * (len(paths) - len(labels))
-    # One block each, not a million objects: a worker shares the pages it only reads.
-    return {"paths": np.array(paths), "labels": np.array(labels), "folders": np.array(folders),
-            "times": np.array([os.stat(folder).st_mtime_ns for folder in folders])}
-
-
-def scan_or_recall(root, classes, file):
-    """``scan``, or what an earlier scan of a large folder left in ``file`` if no folder has changed since."""
-    with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile), np.load(file) as kept:
-        index = {name: kept[name] for name in ("paths", "labels", "folders", "times")}
-        times = [os.stat(folder).st_mtime_ns for folder in index["folders"]]
-        if os.fsdecode(index["folders"][0]) == root and times == index["times"].tolist():
-            return index
-    begin = time.time_ns()
-    index = scan(root, classes)
-    if len(index["paths"]) > LARGE and index["times"].max() < begin:  # no folder changed while it was read
-        content = io.BytesIO()
-        np.savez(content, **index)
-        with contextlib.suppress(OSError, Fault):  # it only saves time
-            os.makedirs(os.path.dirname(file), exist_ok=True)
-            write_file(content.getbuffer(), file)
-    return index
-
-
-class Folder:
-    """The images of a folder with one folder a class: ``classes``, ``paths`` (bytes, numpy) and ``labels`` [N]. Raises
-    Fault where the folder is missing, or has no classes, or has a class without an image."""
-
-    def __init__(self, root, index_file):
-        self.root, self.classes = os.path.abspath(root), class_names(root)
-        index = scan_or_recall(self.root, self.classes, index_file)
-        self.paths, self.labels = index["paths"], index["labels"]
-
-    def __len__(self):
-        return len(self.labels)
-
-    def path(self, index):
-        return os.path.join(self.root, os.fsdecode(self.paths[index]))
-
-    def read(self, index, plan, size):
-        return read_image(self.path(index), plan, size)
-
-
-class Synthetic:
-    """N images of noise, for measuring without data; the same ones every time."""
-
-    def __init__(self, count):
-        self.classes = [f"{label:04d}" for label in range(1000)]
-        self.labels = np.arange(count) % len(self.classes)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def read(self, index, plan, size):
-        return np.frombuffer(np.random.RandomState(index).bytes(size * size * 3), np.uint8).reshape(size, size, 3)
-
-
-def open_folder(flags, name):
-    return Folder(os.path.join(flags.data, name), os.path.join(flags.output_dir, f"index-{name}.npz"))
-
-
-def open_images(flags):
-    """(training images, or None where nothing is trained; validation images). Raises Fault where a folder has the wrong
-    shape, or the two have different classes."""
-    if flags.synthetic:
-        return Synthetic(flags.synthetic), Synthetic(flags.synthetic)
-    train, val = (class_names(os.path.join(flags.data, name)) for name in ("train", "val"))
-    if train != val:
-        odd = min(set(train) ^ set(val))
-        raise Fault(f"train/ has {len(train)} classes and val/ {len(val)}, which must be the same: {odd!r} is only in "
-                    "one of them")
-    val = open_folder(flags, "val")
-    return None if flags.evaluate else open_folder(flags, "train"), val
-
-
-def train_plan(size, least_area, rng):
-    """RandomResizedCrop: what to cut from an image of a given width and height.
-
-    A plan is a function (width, height) -> (box, resized, corner): cut ``box`` (left, top, width, height), resize it
-    to ``resized`` (width, height), and of that take the crop whose upper left corner is ``corner``.
-    """
-
-    def plan(width, height):
-        for _ in range(10):
-            area = width * height * rng.uniform(least_area, 1)
-            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < w <= width and 0 < h <= height:
-                left, top = rng.randint(0, width - w), rng.randint(0, height - h)
-                break
-        else:  # the largest centred crop of an allowed shape
-            w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-            left, top = (width - w) // 2, (height - h) // 2
-        return (left, top, w, h), (size, size), (0, 0)
-
-    return plan
-
-
-def val_plan(resize, size):
-    """Resize of the shorter side, then CenterCrop, as a plan (see ``train_plan``)."""
-
-    def plan(width, height):
-        resized = [int(resize * side / min(width, height)) for side in (width, height)]
-        return (0, 0, width, height), resized, [round((side - size) / 2) for side in resized]
-
-    return plan
-
-
-def read_image(path, plan, size):
-    """The crop that ``plan`` takes of an image file: uint8 [size, size, 3], antialiased bilinear. EXIF rotation is
-    ignored, as torchvision ignores it. Raises OSError or ValueError where the file can't be decoded."""
-    with open(path, "rb") as file:
-        data = file.read()
-    decode = fast_decoder()
-    # Past this size it is likely a photo that is worth decoding at a fraction of its size, which only Pillow does.
-    if decode and data[:3] == b"\xff\xd8\xff" and len(data) < 2 ** 18:
-        with contextlib.suppress(RuntimeError):  # CMYK, or broken: let Pillow say
-            return crop_with_torch(decode(data), plan, size)
-    try:
-        return read_with_pillow(data, plan, size)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # Pillow's plugins raise SyntaxError, struct.error, IndexError, ... on broken files
-        raise ValueError(f"{type(error).__name__}: {first_line(error)}")
-
-
-@functools.lru_cache(None)
-def fast_decoder():
-    """torchvision's JPEG decoder, JPEG bytes -> uint8 [3, H, W], where torch can also resize uint8; else None."""
-    try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        F.interpolate(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), (2, 2), mode="bilinear", antialias=True)
-    except (ImportError, RuntimeError, TypeError):
-        return None
-    warnings.filterwarnings("ignore", module="torchvision")  # from 0.29 on the decoder is deprecated
-    return lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-
-
-def crop_with_torch(image, plan, size):
-    """The crop of a decoded image [3, H, W]: uint8 [size, size, 3]."""
-    (left, top, w, h), (width, height), (x, y) = plan(image.shape[2], image.shape[1])
-    region = image[None, :, top:top + h, left:left + w]
-    if (w, h) != (width, height):
-        region = F.interpolate(region, (height, width), mode="bilinear", antialias=True)
-    return region[0, :, y:y + size, x:x + size].permute(1, 2, 0).numpy()
-
-
-def read_with_pillow(data, plan, size):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd EXIF, odd transparency
-        image = Image.open(io.BytesIO(data))
-        whole = image.size
-        box, resized, corner = plan(*whole)
-        # The part of the image that the crop is made of, in the image's own pixels: one resize does all.
-        scale = box[2] / resized[0], box[3] / resized[1]
-        left, top = (box[i] + corner[i] * scale[i] for i in (0, 1))
-        # JPEG decodes at 1/2, 1/4 or 1/8 in less time; at twice the crop's resolution the difference can't be seen.
-        image.draft("RGB", tuple(int(2 * s / max(2, min(scale))) for s in whole))
-        image = to_rgb(image)
-        factor = round(whole[0] / image.size[0])
-        box = [edge / factor for edge in (left, top, left + size * scale[0], top + size * scale[1])]
-        box = tuple(min(max(edge, 0), image.size[i % 2]) for i, edge in enumerate(box))  # float rounding at the edges
-        return np.asarray(image.resize((size, size), Image.BILINEAR, box=box))
-
-
-def to_rgb(image):
-    """Any mode that Pillow decodes, as RGB: 16-bit scaled to 8, transparency over white."""
-    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-class ImageBatches(torch.utils.data.Dataset):
-    """Whole batches: ``self[epoch, indices]`` is (images uint8 [n, size, size, 3], labels int64 [n], bad indices).
-
-    What is done to an image depends on (seed, epoch, index) alone, so that any number of workers gives the same
-    batches. In training an image that can't be read gives its place to another of its class; in evaluation (no seed) to
-    an empty one with label -1, which no prediction matches.
-    """
-
-    def __init__(self, images, flags, seed):
-        self.images, self.flags, self.seed, self.train = images, flags, seed, seed is not None
-        self.size = flags.train_crop_size if self.train else flags.val_crop_size
-
-    def __getitem__(self, key):
-        epoch, indices = key
-        shape = (len(indices), self.size, self.size, 3)
-        if torch.utils.data.get_worker_info():  # written once, in the memory that the training process reads
-            shared = getattr(torch, "UntypedStorage", torch.ByteStorage)._new_shared(int(np.prod(shape)))
-            block = torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
-        else:
-            block = torch.empty(shape, dtype=torch.uint8)
-        rows, labels, bad = block.numpy(), torch.from_numpy(self.images.labels[indices]), []
-        for row, index in enumerate(indices):
-            try:
-                rows[row] = self.load(epoch, index)
-            except (OSError, ValueError):
-                bad.append(int(index))
-                if self.train:
-                    rows[row] = self.load_substitute(epoch, index)
-                else:
-                    rows[row], labels[row] = 0, -1
-        return block, labels, bad
-
-    def load(self, epoch, index):
-        if not self.train:
-            return self.images.read(index, val_plan(self.flags.val_resize_size, self.size), self.size)
-        rng = random.Random(((self.seed << 20) + epoch << 40) + int(index))
-        image = self.images.read(index, train_plan(self.size, self.flags.train_crop_scale, rng), self.size)
-        return image[:, ::-1] if rng.random() < 0.5 else image
-
-    def load_substitute(self, epoch, index):
-        """The next image of the same class that can be read."""
-        same = np.flatnonzero(self.images.labels == self.images.labels[index])
-        for other in np.roll(same, -np.searchsorted(same, index))[1:]:
-            with contextlib.suppress(OSError, ValueError):
-                return self.load(epoch, other)
-        name = self.images.classes[self.images.labels[index]]
-        raise Fault(f"no image of class {name!r} can be read: {self.images.path(index)}")
-
-
-class BatchOrder(torch.utils.data.Sampler):
-    """The keys of ``ImageBatches`` for one process. Training: full batches in an order that depends on (seed, epoch)
-    alone, from ``first`` images on. Evaluation (no seed): every image once, shared out without padding."""
-
-    def __init__(self, count, batch_size, runtime, seed=None):
-        self.count, self.batch_size, self.runtime, self.seed = count, batch_size, runtime, seed
-        self.total = batch_size * runtime.world_size  # images a step, all processes
-        self.epoch, self.first = 0, 0
-
-    def __len__(self):
-        """Steps that all processes take together; in evaluation some may have nothing left for the last."""
-        left = self.count - self.first
-        return left // self.total if self.seed is not None else -(-left // self.total)
-
-    def __iter__(self):
-        rank, world, size = self.runtime.rank, self.runtime.world_size, self.batch_size
-        if self.seed is None:
-            mine = np.arange(self.first + rank, self.count, world)
-        else:
-            order = np.random.RandomState([self.seed, self.epoch]).permutation(self.count)[self.first:]
-            mine = order[:len(self) * self.total].reshape(len(self), world, size)[:, rank].ravel()
-        for first in range(0, len(mine), size):
-            yield self.epoch, mine[first:first + size]
-
-
-def make_loader(images, flags, runtime, batch_size, workers, seed=None):
-    """The loader of batches of images: for training where a seed is given, else for evaluation."""
-    order = BatchOrder(len(images), batch_size, runtime, seed)
-    takes = functools.partial(accepts, torch.utils.data.DataLoader.__init__)
-    lasting, options = workers > 0 and takes("persistent_workers"), {"pin_memory": runtime.kind.name != "cpu"}
-    if lasting:
-        options["persistent_workers"] = True
-    if runtime.kind.name == "npu" and takes("pin_memory_device") and not hasattr(torch, "accelerator"):
-        options["pin_memory_device"] = "npu"  # this torch would ask whether there is CUDA
-    loader = torch.utils.data.DataLoader(
-        ImageBatches(images, flags, seed), batch_size=None, sampler=order, num_workers=workers,
-        worker_init_fn=quiet_worker, **options)
-    if lasting:
-        # Starts the processes now, with nothing to fetch yet. After the first steps they would be born with the memory
-        # of these, which would then be there twice, and no longer in large pages (Linux copies it piece by piece).
-        order.first = order.count
-        iter(loader)
-        order.first = 0
-    return loader
-
-
-def quiet_worker(index):
-    """A loader process computes on one core, and leaves signals to the training process."""
-    torch.set_num_threads(1)
-    die_with_parent(signal.SIGKILL)
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-
-
-def end_loaders():
-    """Ends the loader processes. They ignore SIGTERM, for which the older torch would wait at exit for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take their end for a fault
-    for child in multiprocessing.active_children():
-        child.kill()
-
-
-@functools.lru_cache(None)
-def copy_stream(module):
-    """The stream of a process's copies to its card; one for all, since each keeps the memory that it has used."""
-    return module.Stream()
-
-
-def to_device(loader, runtime, dtype):
-    """The loader's batches on the device: (images dtype [n, 3, S, S] normalised, labels [n], bad indices).
-
-    Images travel as uint8, from pinned memory, on a stream of their own: one batch moves while another is computed on.
-    """
-    device, module = runtime.device, runtime.module
-    mean = torch.tensor([255 * m for m in MEAN], device=device).view(1, 3, 1, 1)
-    scale = torch.tensor([1 / (255 * s) for s in STD], device=device).view(1, 3, 1, 1)
-    stream = copy_stream(module) if module else None
-    # Ascend's loss took 32 bits in torch's first generations.
-    old_npu = runtime.kind.name == "npu" and not hasattr(torch, "autocast")
-    label_dtype = torch.int32 if old_npu else torch.int64
-
-    def move(batch):
-        images, labels, bad = batch
-        # torch_npu copies later what is not pinned, too, and by then it may be gone.
-        queued = {"non_blocking": runtime.kind.name != "npu" or images.is_pinned()}
-        with module.stream(stream) if module else contextlib.nullcontext():
-            images, labels = images.to(device, **queued), labels.to(device, **queued).to(label_dtype)
-        return images, labels, bad, stream.record_event() if stream else None
-
-    def finish(images, labels, bad, copied):
-        if module:
-            module.current_stream().wait_event(copied)
-            images.record_stream(module.current_stream())
-            labels.record_stream(module.current_stream())
-        images = images.permute(0, 3, 1, 2)
-        if not runtime.channels_last:
-            images = images.contiguous()
-        return images.float().sub_(mean).mul_(scale).to(dtype), labels, bad
-
-    ahead = []
-    for batch in loader:
-        ahead.append(move(batch))
-        if len(ahead) > 1:
-            yield finish(*ahead.pop(0))
-    for moved in ahead:
-        yield finish(*moved)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model, optimiser, schedule
-# ---------------------------------------------------------------------------------------------------------------------
-
+        """Loads the loss scale, unless --loss-scale is a number. Returns False, and loads nothing,
+        where it is of the other implementation."""
+        if state and ("loss_scaler0" if self.apex else "scale") not in state:
+            return False
+        if state and self.loss_scale == "dynamic":
+            (self.apex or self.scaler).load_state_dict(state)
+        return True
+
+
+# --- 6. Model, optimizer, schedule, loss ----------------------------------------------------------
 
 def build_model(flags, runtime, num_classes, dtype=torch.float32):
-    """The network on its device; ``dtype`` is what its convolutions are to compute in."""
-    model = getattr(mnasnet, flags.arch)(num_classes=num_classes, dropout=flags.dropout, bn_momentum=flags.bn_momentum)
-    if runtime.kind.name == "cpu":
-        if pads_wrongly():
-            replace_depthwise(model, padded_depthwise)
-        elif has_fast_depthwise(dtype):
-            replace_depthwise(model, functools.partial(fast_depthwise, dtype))
-            replace_relu(model)
+    """Returns the network on its device; ``dtype`` is what its convolutions will compute in."""
+    model = getattr(mnasnet, flags.arch)(
+        num_classes=num_classes, dropout=flags.dropout, bn_momentum=flags.bn_momentum)
+    if runtime.backend.name == "cpu":
+        mnasnet.optimize_for_cpu(model, dtype)
     model = model.to(runtime.device)
-    return model.to(memory_format=torch.channels_last) if runtime.channels_last else model
-
-
-def replace_depthwise(model, forward):
-    """Has the depthwise convolutions compute ``forward(conv, images)``; their parameters and names stay."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d) and module.groups > 1:
-            module.forward = functools.partial(forward, module)
-
-
-def replace_relu(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.ReLU):
-            module.forward = FastReLU.apply
-
-
-class FastReLU(torch.autograd.Function):
-    """ReLU on the CPU, in place in both directions: between BatchNorm and convolution nothing else holds its gradient.
-    A step in fp32 (224 px, batch 64) took 0.96 times as long.
-
-    On bfloat16 images LeakyReLU of slope 0 gives the same numbers, NaN included, and took a third of the time on one
-    processor (64 x 72 x 56 x 56: 3 ms, not 10), the same on another.
-    """
-
-    @staticmethod
-    def forward(ctx, images):
-        ctx.mark_dirty(images)
-        F.leaky_relu_(images, 0.0) if images.dtype == torch.bfloat16 else F.relu_(images)
-        ctx.save_for_backward(images)
-        return images
-
-    @staticmethod
-    def backward(ctx, toward):
-        images, = ctx.saved_tensors
-        if toward.stride() != images.stride():  # a mean's gradient is one number in many places
-            return torch.ops.aten.threshold_backward(toward, images, 0)
-        return torch.ops.aten.threshold_backward.grad_input(toward, images, 0, grad_input=toward)
-
-
-def pads_wrongly():
-    """Whether this torch's depthwise convolution, on the CPU at stride 2, has wrong gradients of its weights (pytorch
-    issue 50042), as in torch 1.5 and 1.8; 1.8 avoids it for multiples of 24 channels, by a loop over them."""
-    weight = torch.zeros(8, 1, 3, 3, requires_grad=True)
-    F.conv2d(torch.ones(1, 8, 6, 6), weight, stride=2, padding=1, groups=8).sum().backward()
-    return weight.grad[0, 0].tolist() != [[4, 6, 6], [6, 9, 9], [6, 9, 9]]
-
-
-def padded_depthwise(conv, images):
-    """``conv`` with the padding done beforehand, only as far as its windows reach: right at every stride, and on 1.8
-    a training step of mnasnet1_0 (32 images of 64 px, one thread) took 2.0 s, with the loop 8.7 s."""
-    kernel, stride, before = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-    below, right = (-(-side // stride) * stride - stride + kernel - before - side for side in images.shape[2:])
-    return torch.mkldnn_convolution(F.pad(images, (before, right, before, below)), conv.weight, conv.bias, (0, 0),
-                                    conv.stride, conv.dilation, conv.groups)
-
-
-def has_fast_depthwise(dtype):
-    """Whether ``fast_depthwise`` and ``FastReLU`` are of use: this torch can ask for one gradient alone (1.11 and
-    later), and the CPU computes in ``dtype``. Not timed: two runs of one seed could then differ."""
-    try:
-        torch.ops.aten.convolution_backward
-        return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    except (AttributeError, RuntimeError):
-        return False
-
-
-def fast_depthwise(dtype, conv, images):
-    """``conv`` in ``dtype``, which is autocast's or the model's own, with the gradients of ``FastDepthwise``."""
-    if not torch.is_grad_enabled():
-        return torch.nn.Conv2d.forward(conv, images)
-    return FastDepthwise.apply(images.to(dtype), conv.weight.to(dtype), conv.stride, conv.padding)
-
-
-class FastDepthwise(torch.autograd.Function):
-    """A depthwise convolution of images [N, C, H, W] and weights [C, 1, K, K] on the CPU, in bfloat16 or fp32.
-
-    oneDNN has no fast kernel for some gradients, which are computed in another way here: that of 5x5 weights as two of
-    5x3 weights (in fp32 at stride 1 only), and that of bfloat16 images at stride 2 in fp32. A step (224 px, batch 64)
-    took in bfloat16 0.49 times as long as with oneDNN's own gradients, in fp32 0.97 times.
-    """
-
-    @staticmethod
-    def forward(ctx, images, weight, stride, padding):
-        ctx.save_for_backward(images, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(images, weight, None, stride, padding, 1, len(weight))
-
-    @staticmethod
-    def backward(ctx, toward):
-        (images, weight), stride, padding = ctx.saved_tensors, ctx.stride, ctx.padding
-        toward = toward.contiguous(memory_format=torch.channels_last)  # a mean's gradient comes in a slow layout
-
-        def gradient(which, toward, images, weight, padding):
-            wanted = [which == 0, which == 1, False]
-            return torch.ops.aten.convolution_backward(toward, images, weight, None, stride, padding, [1, 1], False,
-                                                       [0, 0], len(weight), wanted)[which]
-
-        dtype = torch.float32 if stride[0] > 1 else images.dtype
-        shape = torch.empty_like(images, dtype=dtype)  # not read
-        of_images = gradient(0, toward.to(dtype), shape, weight.to(dtype), padding).to(images.dtype)
-        if weight.shape[3] == 3 or (stride[0] > 1 and images.dtype == torch.float32):
-            return of_images, gradient(1, toward, images, weight, padding), None, None
-        of_weight = torch.empty_like(weight)
-        reach = stride[1] * (toward.shape[3] - 1) + 3  # columns of the padded images that a kernel 3 wide meets
-        for first in (0, 2):  # columns 0 to 2 of the weights, then 2 to 4
-            left = padding[1] - first
-            part = F.pad(images, (left, reach - left - images.shape[3]))
-            of_weight[..., first:first + 3] = gradient(1, toward, part, weight[..., first:first + 3], (padding[0], 0))
-        return of_images, of_weight, None, None
-
-
-def fold_batchnorm(model):
-    """A copy for evaluation, with each BatchNorm folded into the weights of the convolution before it: on the CPU 1.4
-    times as fast in fp32, with logits that differ by rounding."""
-    model = copy.deepcopy(model).eval()
-    for layers in [module for module in model.modules() if isinstance(module, torch.nn.Sequential)]:
-        for place, layer in enumerate(layers):
-            if isinstance(layer, torch.nn.BatchNorm2d):
-                layers[place - 1] = torch.nn.utils.fuse_conv_bn_eval(layers[place - 1], layer)
-                layers[place] = torch.nn.Identity()
-    return model
-
-
-def has_fused_sgd(device):
-    """Whether this torch has a fused SGD for the device; 2.3 has one, but not for the CPU. The operator is asked: the
-    first step of an optimiser imports torch's compiler, a second that an evaluation need not wait."""
-    weights, gradients = ([torch.zeros(1, device=device)] for _ in range(2))
-    try:
-        torch._fused_sgd_(weights, gradients, [], weight_decay=0.0, momentum=0.0, lr=0.1, dampening=0.0, nesterov=False,
-                          maximize=False, is_first_step=False)
-        return True
-    except (AttributeError, RuntimeError):
-        return False
-
+    channels_last = runtime.backend.channels_last
+    return model.to(memory_format=torch.channels_last) if channels_last else model
 
 def build_optimizer(flags, runtime, precision, parameters):
-    """SGD with Nesterov momentum; the fused one where there is one for the device."""
-    options = dict(lr=flags.lr, momentum=flags.momentum, weight_decay=flags.wd, nesterov=flags.momentum > 0)
-    if runtime.kind.name == "npu":  # apex's goes with apex's amp, torch_npu's with torch's
-        home = "apex.optimizers" if precision.apex else "torch_npu.optim"
+    """Returns SGD with Nesterov momentum, in its fused version where there is one."""
+    backend = runtime.backend
+    options = {"lr": flags.lr, "momentum": flags.momentum, "weight_decay": flags.wd,
+               "nesterov": flags.momentum > 0}
+    if backend.name == "npu":  # apex's is for apex's amp, torch_npu's for torch's
+        module = "apex.optimizers" if precision.apex else "torch_npu.optim"
         with contextlib.suppress(ImportError, AttributeError):
-            return importlib.import_module(home).NpuFusedSGD(parameters, **options)
-    elif has_fused_sgd(runtime.device):
+            return importlib.import_module(module).NpuFusedSGD(parameters, **options)
+    if backend.fused_sgd and TORCH >= backend.fused_sgd:
         options["fused"] = True
     optimizer = torch.optim.SGD(parameters, **options)
-    if "fused" in options and flags.momentum:
-        # Where the first step overflows under a loss scale, the fused one takes memory as it lies for the momentum.
+    if flags.momentum:
+        # After a first step that overflows, the fused one would start from uninitialized memory.
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
-
-def wrap_for_training(model, flags, runtime, precision):
-    """``model``, or where there are several processes a DistributedDataParallel around it; compiled if asked for."""
-    if flags.compile and not hasattr(torch, "compile"):
-        raise Fault(f"--compile needs torch 2.0 or later, this is torch {torch.__version__}: leave it out")
-    if runtime.world_size > 1:
-        ddp = torch.nn.parallel.DistributedDataParallel
-        # The running statistics are averaged before they are used (average_batchnorm), not sent around every step.
-        # apex detaches gradients, and Ascend's fused SGD moves them, which neither can where they are views.
-        views = not precision.apex and runtime.kind.name != "npu"
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": views, "static_graph": True}
-        options = {name: value for name, value in options.items() if accepts(ddp.__init__, name)}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = ddp(model, device_ids=[runtime.device.index] if runtime.module else None, **options)
-        if not precision.apex:  # which keeps low-precision weights from one forward to its own backward
-            settle_buckets(model, runtime, precision)
-    return torch.compile(model) if flags.compile else model
-
-
-def settle_buckets(model, runtime, precision):
-    """Two steps that change nothing. After these (one, where there is no static_graph) DistributedDataParallel arranges
-    the gradients anew, by which the sums over more than two processes are rounded otherwise: a run that goes on would
-    differ from one without a break."""
+def warm_up_ddp(model, runtime, precision):
+    """Takes two steps that change nothing. DDP rearranges its buckets after the first or second,
+    which rounds sums over more than two ranks otherwise: a resumed run would differ."""
     model.eval()
     for _ in range(2):
+        images = torch.zeros(1, 3, 32, 32, dtype=precision.input_dtype, device=runtime.device)
         with precision.autocast():
-            model(torch.zeros(1, 3, 32, 32, dtype=precision.input_dtype, device=runtime.device)).sum().backward()
+            model(images).sum().backward()
         model.zero_grad()
 
+def wrap_for_training(model, flags, runtime, precision):
+    """Returns the model compiled, and in DistributedDataParallel, where that is asked for."""
+    if flags.compile and TORCH < (2, 0):
+        raise UserError(f"--compile needs torch 2.0 or later, this is torch {torch.__version__}")
+    if runtime.world_size > 1:
+        # average_running_stats replaces the broadcast of the statistics in every step.
+        options = {"broadcast_buffers": False}
+        if runtime.module:
+            options["device_ids"] = [runtime.device.index]
+        if TORCH >= (1, 7):  # apex detaches gradients, Ascend's fused SGD moves them
+            views = not precision.apex and runtime.backend.name != "npu"
+            options["gradient_as_bucket_view"] = views
+        if TORCH >= (1, 11):
+            options["static_graph"] = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = torch.nn.parallel.DistributedDataParallel(model, **options)
+        if not precision.apex:  # it keeps the weights' casts of a forward until its own backward
+            warm_up_ddp(model, runtime, precision)
+    return torch.compile(model) if flags.compile else model
 
 def learning_rate(flags, epoch):
-    """The learning rate at a point of the run, ``epoch`` being the epochs done, with their fraction: linear from a
-    tenth of --lr over the warm-up, then half a cosine to 0."""
+    """Returns the learning rate after ``epoch`` epochs, a fraction included: linear from a tenth
+    of --lr over the warm-up, then half a cosine to 0."""
     if epoch < flags.warmup:
         return flags.lr * (0.1 + 0.9 * epoch / flags.warmup)
-    return flags.lr * 0.5 * (1 + math.cos(math.pi * (epoch - flags.warmup) / max(1, flags.epochs - flags.warmup)))
+    progress = (epoch - flags.warmup) / max(1, flags.epochs - flags.warmup)
+    return flags.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
+def smoothed_cross_entropy(logits, targets, smoothing):
+    """Returns the mean cross entropy of logits [N, C], in every torch alike. All classes share the
+    fraction ``smoothing`` of a target (Szegedy et al., 2015, arXiv 1512.00567, section 7)."""
+    log_probs = F.log_softmax(logits.float(), 1)
+    return (1 - smoothing) * F.nll_loss(log_probs, targets) - smoothing * log_probs.mean()
 
-def smoothed_cross_entropy(logits, labels, smoothing):
-    """Mean cross entropy of [N, C] logits against targets that give ``smoothing`` of their weight to all classes alike
-    (Szegedy et al., arXiv 1512.00567, section 7). The same formula in every torch."""
-    logs = F.log_softmax(logits.float(), 1)
-    return (1 - smoothing) * F.nll_loss(logs, labels) - smoothing * logs.mean()
-
-
-def counts_correct(logits, labels):
-    """How many labels are the first, and among the first five, of [N, C] logits: two tensors."""
+def topk_correct(logits, targets):
+    """Returns how many targets [N] are the first and among the first five of logits [N, C]."""
     top = logits.topk(min(5, logits.shape[1]), 1)[1]
-    hits = (top == labels.view(-1, 1)).float()
-    return hits[:, 0].sum(), hits.sum()
+    correct = (top == targets.view(-1, 1)).float()
+    return correct[:, 0].sum(), correct.sum()
+
+def set_running_stats(model, stats):
+    """Sets the BatchNorm statistics to a row of what ``average_running_stats`` returned."""
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    for buffer, values in zip(buffers, stats.split([len(b) for b in buffers])):
+        buffer.copy_(values)
+
+def average_running_stats(model, group):
+    """Gives all ranks the mean of their BatchNorm statistics, so that they are the same model.
+    Returns what each rank had: float64 [world size, number of statistics]."""
+    own = torch.cat([b for b in model.buffers() if b.is_floating_point()]).cpu().double()
+    stats = group.gather(own)
+    set_running_stats(model, stats.mean(0))
+    return stats
 
 
-def average_batchnorm(model, team, sums=()):
-    """Gives all processes the mean of their running statistics, so that they evaluate one and the same model. Returns
-    a row a process: what its own were, then its ``sums``; in float64, which float32 passes through unchanged."""
-    statistics = torch.cat([b for b in model.buffers() if b.is_floating_point()]).cpu().double()
-    rows = team.gather(torch.cat([statistics, torch.tensor(sums, dtype=torch.float64)]))
-    set_batchnorm(model, rows.mean(0))
-    return rows
+# --- 7. Checkpoints and logging -------------------------------------------------------------------
 
-
-def set_batchnorm(model, row):
-    """Takes the running statistics from a row of ``average_batchnorm``."""
-    first = 0
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(row[first:first + len(buffer)])
-            first += len(buffer)
-
-
-def make_deterministic():
-    """Has torch use its deterministic algorithms, on every device."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    if hasattr(torch, "use_deterministic_algorithms"):
-        torch.use_deterministic_algorithms(True)
-    if hasattr(torch.utils, "deterministic"):
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training loop
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Stopped(Exception):
-    """A signal ended the run after it was saved."""
-
-    def __init__(self, signum):
-        self.signum = signum
-
-
-@dataclass
-class Progress:
-    """Where a run is: what a checkpoint carries besides tensors."""
-
-    epoch: int = 0
-    images: int = 0  # done in this epoch, all processes
-    best_acc1: float = 0.0
-    rows: list = field(default_factory=list)  # of metrics.csv
-    sums: list = field(default_factory=lambda: [0.0] * 4)  # this process, this epoch: loss, top 1, top 5, steps
-
-
-@dataclass
-class Run:
-    """The parts of a run, as the functions below share them."""
-
-    flags: argparse.Namespace
-    runtime: Runtime
-    team: Team
-    precision: Precision
-    model: torch.nn.Module
-    val_loader: torch.utils.data.DataLoader
-    log: "Log"
-    bad: set = field(default_factory=set)  # paths of the images that can't be read
-    progress: Progress = field(default_factory=Progress)
-    train_model: torch.nn.Module = None
-    optimizer: torch.optim.Optimizer = None
-    train_loader: torch.utils.data.DataLoader = None
-    seed: int = 0
-    steady_images: int = 0  # by this start of the run, first steps left out; with the seconds they took
-    steady_seconds: float = 0.0
-
-
-def train_epoch(run):
-    """The rest of the current epoch; gives its part of a row of metrics.csv. Raises Stopped once a signal has come and
-    the run is saved, Fault where the loss is not finite, too many images can't be read or another process is gone."""
-    flags, progress, order = run.flags, run.progress, run.train_loader.sampler
-    order.epoch, order.first = progress.epoch, progress.images
-    done = progress.images // order.total
-    steps = done + len(order)
-    run.model.train(not flags.freeze_bn)
-    run.model.classifier.train()  # dropout
-    meter = Meter(run, steps)
-    batches = to_device(run.train_loader, run.runtime, run.precision.input_dtype)
-    for step in range(done, steps):
-        images, labels, bad = meter.wait_for(batches)
-        lr = run.optimizer.param_groups[0]["lr"] = learning_rate(flags, progress.epoch + step / steps)
-        # Dropout draws the same whether or not the run was interrupted, with no generator's state in the checkpoint.
-        numbers = np.random.SeedSequence((run.seed, progress.epoch, progress.images, run.runtime.rank))
-        torch.manual_seed(int(numbers.generate_state(1)[0]))
-        with run.precision.autocast():
-            logits = run.train_model(images)
-            loss = smoothed_cross_entropy(logits, labels, flags.label_smoothing)
-        run.precision.backward_and_step(loss, run.model, run.optimizer)
-        progress.images += order.total
-        meter.add(step, lr, loss.detach(), *counts_correct(logits.detach(), labels))
-
-        stop = share_news(run, run.train_loader, bad)
-        if step % flags.print_freq == 0:
-            meter.print_step(step)
-        if stop or (flags.save_freq and (progress.epoch * steps + step + 1) % flags.save_freq == 0):
-            meter.read()
-            save(run)
-        if stop:
-            raise Stopped(stop)
-    return meter.finish()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def evaluate(run):
-    """Every validation image once, whatever the number of processes and the batch size; one that can't be read counts
-    as wrong. Returns loss (cross entropy, without label smoothing), Acc@1 and Acc@5 in per cent, and images per second.
-    Raises Stopped where a signal came: the evaluation is done anew at the next start."""
-    order, team, model = run.val_loader.sampler, run.team, run.model.eval()
-    if run.precision.level == "O0" and run.runtime.kind.name == "cpu":
-        model = fold_batchnorm(model)
-    sums = torch.zeros(3, device=run.runtime.device)
-    seen, readable, begin, steps = 0, 0, time.monotonic(), len(order)
-    no_grad = getattr(torch, "inference_mode", torch.no_grad)
-    batches = to_device(run.val_loader, run.runtime, run.precision.input_dtype)
-    for step in range(steps):
-        images, labels, bad = next(batches, (None, (), ()))
-        if len(labels):
-            with no_grad(), run.precision.autocast():
-                logits = model(images).float()
-                loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-                sums += torch.stack((loss,) + counts_correct(logits, labels))
-            seen, readable = seen + len(labels), readable + len(labels) - len(bad)
-        stop = share_news(run, run.val_loader, bad)
-        if stop:
-            raise Stopped(stop)
-        if step % run.flags.print_freq == 0 and seen:
-            loss, top1, top5 = sums.tolist()
-            seconds, loss = (time.monotonic() - begin) / (step + 1), loss / max(1, readable)
-            run.log.line(f"Test: [{step:{len(str(steps))}d}/{steps}]\tTime {seconds:6.3f}\tLoss {loss:.4e}\t"
-                         f"Acc@1 {100 * top1 / seen:6.2f}\tAcc@5 {100 * top5 / seen:6.2f}")
-    loss, top1, top5, seen, readable = team.sum(sums.tolist() + [seen, readable])
-    if seen != order.count:
-        raise Fault(f"evaluated {seen:.0f} images of {order.count}: this is a bug, please report it")
-    acc1, acc5 = 100 * top1 / seen, 100 * top5 / seen
-    run.log.line(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} ({top1:.0f} and {top5:.0f} of {seen:.0f} images)")
-    return loss / max(1, readable), acc1, acc5, seen / (time.monotonic() - begin)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
+COLUMNS = ("epoch", "lr", "train_loss", "train_acc1", "val_loss", "acc1", "acc5", "fps", "seconds",
+           "data_wait")  # of metrics.csv
+WARM_UP_STEPS = 5  # left out of the throughput: compilation and caches are not steady yet
+MAX_OVERFLOWS = 20  # losses in a row; 16 halvings of the initial loss scale, 65536, leave 1
 
 def checkpoint_path(flags, age=0):
-    """The newest checkpoint, or the one ``age`` saves older."""
+    """Returns the path of the newest checkpoint, or of the one that is ``age`` saves older."""
     return os.path.join(flags.output_dir, f"checkpoint{f'-{age}' if age else ''}.pth.tar")
 
+def optimizer_state(optimizer):
+    """Returns ``state_dict()`` on the host, parameters numbered in order (torch 1.5: addresses)."""
+    states = {}
+    for number, parameter in enumerate(optimizer_parameters(optimizer)):
+        states[number] = {name: value.cpu() if torch.is_tensor(value) else value
+                          for name, value in optimizer.state[parameter].items()}
+    group = {"lr": optimizer.param_groups[0]["lr"], "params": list(states)}
+    return {"state": states, "param_groups": [group]}
 
 def snapshot(run):
-    """All that a run needs to go on, as tensors and plain Python values; every process takes part."""
-    progress, data = run.progress, run.train_loader.dataset.images
-    # Each process's own running statistics and sums: what makes a resumed run the same to the last bit.
-    rows = average_batchnorm(run.model, run.team, progress.sums)
-    weights = run.model.state_dict()  # below in fp32, under O2 those that the optimiser steps
-    weights.update(zip([name for name, _ in run.model.named_parameters()], stepped_parameters(run.optimizer)))
-    for name, tensor in weights.items():
+    """Returns all that a resumed run needs, as tensors and plain values. All ranks take part."""
+    data = run.train_loader.dataset.images
+    # Each rank's own statistics and totals make a resumed run equal to the last bit.
+    stats = average_running_stats(run.model, run.group)
+    totals = run.group.gather(run.totals.double().cpu())
+    state_dict = run.model.state_dict()
+    names = [name for name, _ in run.model.named_parameters()]
+    state_dict.update(zip(names, optimizer_parameters(run.optimizer)))  # under O2 the masters
+    for name, tensor in state_dict.items():
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        weights[name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
-    set_batchnorm(run.model, rows[run.runtime.rank])
-    optimizer = run.optimizer.state_dict()
-    group = optimizer["param_groups"][0]
-    numbers = {name: place for place, name in enumerate(group["params"])}  # torch 1.5's are places in memory
-    optimizer["state"] = {numbers[name]: {key: value.cpu() if torch.is_tensor(value) else value
-                                          for key, value in state.items()}
-                          for name, state in optimizer["state"].items()}
-    group["params"] = list(numbers.values())
+        state_dict[name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
+    set_running_stats(run.model, stats[run.runtime.rank])
     return {
-        "arch": run.flags.arch, "epoch": progress.epoch, "images": progress.images, "best_acc1": progress.best_acc1,
-        "rows": progress.rows, "state_dict": weights, "optimizer": optimizer, "amp": run.precision.state_dict(),
-        "processes": rows, "seed": run.seed, "classes": data.classes, "train_images": len(data),
+        "arch": run.flags.arch, "state_dict": state_dict, "running_stats": stats,
+        "optimizer": optimizer_state(run.optimizer), "amp": run.precision.state_dict(),
+        "epoch": run.epoch, "images": run.images, "totals": totals,
+        "best_acc1": run.best_acc1, "history": run.history, "seed": run.seed,
+        "classes": data.classes, "train_images": len(data),
         "batch": run.train_loader.sampler.total, "opt_level": run.precision.level,
     }
 
-
-def save(run, best=False):
-    """Writes checkpoint.pth.tar, and before it model_best.pth.tar if this is it: after a fault between the two, the
-    evaluation that chose the best is done again."""
-    payload = snapshot(run)
-    if run.runtime.is_main:
-        content = serialise(payload)
-        if best:
-            write_file(content, os.path.join(run.flags.output_dir, "model_best.pth.tar"))
-        newest, *older = [checkpoint_path(run.flags, age) for age in range(run.flags.keep)]
-        write_file(content, newest, older)
-
-
-def serialise(payload):
-    """The bytes of a checkpoint file: a zip, each part with a checksum. torch 1.8 aborts where it writes to a full disk
-    itself."""
-    content = io.BytesIO()
-    # Not torch.save, in whose place torch_npu puts one that in some versions drops strings.
-    torch.serialization.save(payload, content, _use_new_zipfile_serialization=True)
-    return content.getbuffer()
-
+def load_optimizer_state(optimizer, saved):
+    """Copies the state of each parameter, under whatever name, and the last learning rate, but no
+    options (fused depends on the device). Raises ValueError where a name or a shape differs."""
+    names = [name for group in saved["param_groups"] for name in group["params"]]
+    parameters = optimizer_parameters(optimizer)
+    if len(names) != len(parameters):
+        raise ValueError(f"it has {len(names)} parameters, expected {len(parameters)}")
+    for group in optimizer.param_groups:
+        group["lr"] = saved["param_groups"][0]["lr"]
+    for name, parameter in zip(names, parameters):
+        state = optimizer.state[parameter]
+        for key, value in saved["state"].get(name, {}).items():
+            if state and key not in state:
+                raise ValueError(f"it has {key}, expected {', '.join(state)}")
+            if torch.is_tensor(value) and value.dim():
+                if value.shape != parameter.shape:
+                    raise ValueError(f"{key} of shape {list(value.shape)}, expected "
+                                     f"{list(parameter.shape)}")
+                # In the parameter's order in memory, which a fused optimizer needs.
+                value = torch.empty_like(parameter).copy_(value)
+            state[key] = value
 
 def write_file(content, path, older=()):
-    """Writes bytes under a temporary name, flushes, then renames; what was there before moves to the ``older`` names.
-    Raises Fault where the disk is full, or the folder can't be written to; the files there are then as they were."""
-    temporary, names = path + ".tmp", [path, *older]
+    """Writes bytes under a temporary name, flushes, then renames; a file there gets the first of
+    the ``older`` names. Raises UserError where that fails; no file has changed then."""
     try:
-        with open(temporary, "wb") as file:
+        with open(f"{path}.tmp", "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        for source, target in reversed(list(zip(names, names[1:]))):
+        for source, target in reversed(list(zip([path, *older], older))):
             if os.path.exists(source):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(target)
-                try:
-                    os.link(source, target)  # a second name: the first is never without a file
-                except OSError:  # links can't be here
-                    os.replace(source, target)
-        os.replace(temporary, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+                os.replace(source, target)
+        os.replace(f"{path}.tmp", path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise Fault(f"can't write {path}: {first_line(error)}; {last_good(os.path.dirname(path))}. Make room, or give "
-                    "another --output-dir")
+            os.remove(f"{path}.tmp")
+        raise UserError(f"can't write {path}: {first_line(error)}. What was there is unchanged. "
+                        "Make room, or give another --output-dir")
 
-
-def last_good(folder):
-    """What to go on from after a fault, in words."""
-    path = os.path.join(folder, "checkpoint.pth.tar")
-    return "the last good checkpoint is " + path if os.path.exists(path) else "there is no checkpoint yet"
-
+def save(run, best=False):
+    """Writes checkpoint.pth.tar, and before it model_best.pth.tar if this is the best model: after
+    a crash between the two, the evaluation that chose the best is done again."""
+    checkpoint, content = snapshot(run), io.BytesIO()
+    if run.runtime.rank == 0:
+        # To memory, as torch 1.8 aborts where it writes to a full disk itself, and not by
+        # torch.save, which some versions of torch_npu replace by one that loses strings.
+        torch.serialization.save(checkpoint, content, _use_new_zipfile_serialization=True)
+        if best:
+            best_path = os.path.join(run.flags.output_dir, "model_best.pth.tar")
+            write_file(content.getbuffer(), best_path)
+        newest, *older = [checkpoint_path(run.flags, age) for age in range(run.flags.keep)]
+        write_file(content.getbuffer(), newest, older)
 
 class SafePickle:
-    """Stands in for the pickle module where torch.load has no ``weights_only``: tensors and plain values, no code."""
+    """In place of the pickle module where torch.load has no ``weights_only``: data, no code."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
-            if re.fullmatch(r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)|"
-                            r"torch\.(Size|\w*Storage)", f"{module}.{name}"):
+            if re.fullmatch(r"collections\.OrderedDict|torch\.(Size|\w*Storage)|"
+                            r"torch\._utils\._rebuild_(tensor_v2|parameter)", f"{module}.{name}"):
                 return super().find_class(module, name)
-            raise pickle.UnpicklingError(f"{module}.{name}")
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
     @classmethod
     def load(cls, file, **options):
         return cls.Unpickler(file, **options).load()
 
-
 def read_checkpoint(path):
-    """A checkpoint file as a dictionary; never runs code from it. Raises Fault where there is no such file, it is
-    damaged, or it holds more than tensors and plain values."""
-    safe = {"weights_only": True} if accepts(torch.load, "weights_only") else {"pickle_module": SafePickle}
+    """Returns a checkpoint file as a dictionary, and never runs code from it. Raises UserError
+    where it is missing, damaged, or holds more than tensors and plain values."""
+    options = {"weights_only": True} if TORCH >= (1, 13) else {"pickle_module": SafePickle}
     try:
         with open(path, "rb") as file:
-            broken = zipfile.ZipFile(file).testzip() if file.read(2) == b"PK" else None
-        if broken:
-            raise Fault(f"{path} is damaged: its part {broken} does not match its checksum. Use another file")
-        loaded = torch.load(path, map_location="cpu", **safe)
-    except Fault:
-        raise
+            if file.read(2) == b"PK" and zipfile.ZipFile(file).testzip():
+                raise ValueError("a checksum does not match")
+        checkpoint = torch.load(path, map_location="cpu", **options)
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"it holds a {type(checkpoint).__name__}")
+        return checkpoint
     except FileNotFoundError:
-        raise Fault(f"no checkpoint {path!r}: give a file that is there")
-    except pickle.UnpicklingError as error:
-        named = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))  # in torch's page-long message
-        raise Fault(f"{path} holds other things than tensors and plain values, and was not loaded, since they could "
-                    f"run code ({named.group(1) if named else first_line(error)}). Save its state_dict alone")
+        raise UserError(f"no checkpoint {path!r}: give a file that exists")
     except Exception as error:  # damaged bytes lead to almost any
-        raise Fault(f"{path} is damaged or no checkpoint ({first_line(error)}). Use another file")
-    if not isinstance(loaded, dict):
-        raise Fault(f"{path} holds a {type(loaded).__name__}, expected a state dict or a checkpoint")
-    return loaded
-
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and code:
+            raise UserError(f"{path} was not loaded: it holds more than tensors and plain values, "
+                            f"which could run code ({code.group(1)}). Save its state_dict alone")
+        raise UserError(f"{path} is damaged or not a checkpoint: {first_line(error)}")
 
 def find_checkpoint(flags):
-    """(checkpoint, its path) that --resume asks for: of 'auto' the newest good one in --output-dir; ({}, None) where
-    none is asked for or there is none. Raises Fault where the file can't be used, of 'auto' none of those there."""
+    """Returns the checkpoint that --resume asks for, and its path; ({}, None) for none."""
     if flags.resume != "auto":
         return (read_checkpoint(flags.resume), flags.resume) if flags.resume else ({}, None)
-    paths = [path for path in (checkpoint_path(flags, age) for age in range(100)) if os.path.exists(path)]
+    paths = [checkpoint_path(flags, age) for age in range(100)]
+    paths = [path for path in paths if os.path.exists(path)]
     for path in paths:
         try:
             return read_checkpoint(path), path
-        except Fault as fault:
-            print(f"=> {fault}; trying the one before", file=sys.stderr, flush=True)
+        except UserError as error:
+            print(f"=> {error}; trying the one before", file=sys.stderr, flush=True)
     if paths:
-        raise Fault(f"--resume auto: none of {', '.join(paths)} can be used; remove them to start anew")
+        raise UserError(f"--resume auto: none of {', '.join(paths)} can be used: remove them to "
+                        "start from scratch")
     if flags.evaluate and not flags.pretrained:
-        raise Fault(f"--resume auto: no checkpoint in {flags.output_dir!r} to evaluate; name a file")
+        raise UserError(f"--resume auto: no checkpoint in {flags.output_dir!r} to evaluate")
     return {}, None
 
-
 def load_weights(model, checkpoint, path, new_classifier=False):
-    """Fills a model from a checkpoint of ours or the reference's, or from a plain state dict. Raises Fault where the
-    file is of another network or number of classes, which with ``new_classifier`` leaves the classifier as it is."""
+    """Loads a checkpoint of this trainer or of the reference, or a plain state dict. Raises
+    UserError where it does not fit. If only the number of classes differs, ``new_classifier``
+    keeps the model's own classifier; a note for the log is returned."""
     state = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state, dict):
-        raise Fault(f"{path} is no MnasNet checkpoint: its state_dict is a {type(state).__name__}")
-    for prefix in ("module.", "_orig_mod."):
-        if all(str(name).startswith(prefix) for name in state):
-            versions = getattr(state, "_metadata", {})  # of the modules, whose names end without a dot
-            state = OrderedDict((name[len(prefix):], value) for name, value in state.items())
-            state._metadata = {(name + ".")[len(prefix):-1]: value for name, value in versions.items() if name}
-    weight = state.get("classifier.1.weight")
-    if not torch.is_tensor(weight):
-        raise Fault(f"{path} is no MnasNet checkpoint: it has no classifier.1.weight")
-    if len(weight) != model.num_classes:
+    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
+        if isinstance(state, dict) and all(str(name).startswith(prefix) for name in state):
+            state = {name[len(prefix):]: value for name, value in state.items()}
+    if not isinstance(state, dict) or not torch.is_tensor(state.get("classifier.1.weight")):
+        raise UserError(f"{path} is not a MnasNet checkpoint: it has no classifier.1.weight")
+    classes, note = len(state["classifier.1.weight"]), ""
+    if classes != model.num_classes:
         if not new_classifier:
-            raise Fault(f"{path} was trained for {len(weight)} classes, the data has {model.num_classes}: give the "
-                        "data it was trained on")
-        state.update(("classifier.1." + name, p) for name, p in model.classifier[1].state_dict().items())
-        print(f"=> {len(weight)} classes in {path}, {model.num_classes} here: the classifier starts fresh", flush=True)
+            raise UserError(f"{path} was trained for {classes} classes, the data has "
+                            f"{model.num_classes}: give the data it was trained on")
+        note = (f": {classes} classes there, {model.num_classes} here, the classifier is "
+                "re-initialised")
+        for name, parameter in model.classifier[1].state_dict().items():
+            state[f"classifier.1.{name}"] = parameter
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        arch, detail = checkpoint.get("arch"), "".join(str(error).splitlines()[1:2]).strip()[:200]
-        raise Fault(f"{path} does not fit mnasnet with alpha {model.alpha}"
-                    f"{f', it is of {arch}' if isinstance(arch, str) else ''}: pass its own -a ({detail})")
-
+        arch, detail = checkpoint.get("arch", "unknown"), "".join(str(error).splitlines()[1:2])
+        raise UserError(f"{path} does not fit alpha {model.alpha}: give the -a it was trained "
+                        f"with, {arch} ({detail.strip()[:200]})")
+    return note
 
 def load_pretrained(model, flags):
-    """torchvision's published weights for the arch, from --weights or else from the net, hash checked; their path."""
-    path = flags.weights
-    if not path:
-        url, hub = mnasnet.WEIGHTS[flags.arch], torch.hub
-        home = hub.get_dir() if hasattr(hub, "get_dir") else hub._get_torch_home()
-        name = os.path.basename(url)
-        path = os.path.join(home, "checkpoints", name)
-        if not os.path.exists(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            try:
-                hub.download_url_to_file(url, path, name[:-4].rsplit("-", 1)[1], progress=False)
-            except (OSError, RuntimeError) as error:
-                raise Fault(f"can't fetch {url} ({first_line(error)}): fetch it by hand and pass --weights FILE")
-    load_weights(model, read_checkpoint(path), path, new_classifier=True)
-    return path
+    """Loads torchvision's published weights, or those of --weights; returns a line for the log."""
+    source = flags.weights or mnasnet.WEIGHTS[flags.arch]
+    if flags.weights:
+        checkpoint = read_checkpoint(source)
+    else:
+        options = {"weights_only": True} if TORCH >= (2, 6) else {}
+        try:
+            checkpoint = torch.hub.load_state_dict_from_url(
+                source, map_location="cpu", progress=False, check_hash=True, **options)
+        except Exception as error:  # a damaged file in the cache leads to almost any
+            raise UserError(f"can't download {source} ({first_line(error)}): give --weights FILE")
+    return f"=> weights of {source}" + load_weights(model, checkpoint, source, new_classifier=True)
 
+def restore_ranks(run, checkpoint):
+    """Restores what each rank had of its own, or an equal part where their number has changed."""
+    stats, totals, size = checkpoint["running_stats"], checkpoint["totals"], run.group.size
+    changes = []
+    if len(stats) != size:
+        changes.append(f"{len(stats)} processes, now {size}")
+        stats, totals = stats.mean(0).expand(size, -1), (totals.sum(0) / size).expand(size, -1)
+    set_running_stats(run.model, stats[run.runtime.rank])
+    run.totals.copy_(totals[run.runtime.rank])
+    sampler = run.train_loader.sampler
+    for name, value in (("seed", run.seed), ("train_images", sampler.count),
+                        ("batch", sampler.total), ("opt_level", run.precision.level)):
+        if checkpoint.get(name) != value:
+            changes.append(f"{name.replace('_', ' ')} {checkpoint.get(name)}, now {value}")
+    if changes:
+        run.log("=> no longer bit-identical to an uninterrupted run: it had " + "; ".join(changes))
 
-def load_momentum(optimizer, saved):
-    """Takes the momentum, and the last learning rate, from the state dict of any torch's SGD. Not by
-    ``load_state_dict``, which would also take what that SGD was: fused or not, as suited its torch and its device."""
-    names = [name for group in saved["param_groups"] for name in group["params"]]
-    parameters = stepped_parameters(optimizer)
-    if len(names) != len(parameters):
-        raise ValueError(f"it steps {len(names)} parameters, this one {len(parameters)}")
-    optimizer.param_groups[0]["lr"] = saved["param_groups"][0]["lr"]
-    for name, parameter in zip(names, parameters):
-        if saved["state"].get(name):
-            momentum = torch.empty_like(parameter)  # in the weight's order in memory, which the fused one needs
-            optimizer.state[parameter]["momentum_buffer"] = momentum.copy_(saved["state"][name]["momentum_buffer"])
-
+def write_metrics(run):
+    """Writes metrics.csv, a row for each epoch, and the last row to TensorBoard."""
+    lines = [",".join(COLUMNS)]
+    for row in run.history:
+        lines.append(",".join([str(row["epoch"])] + [f"{row[name]:.6g}" for name in COLUMNS[1:]]))
+    path = os.path.join(run.flags.output_dir, "metrics.csv")
+    write_file("".join(f"{line}\n" for line in lines).encode(), path)
+    if run.tensorboard:
+        for name in COLUMNS[1:]:
+            run.tensorboard.add_scalar(name, row[name], row["epoch"])
+        run.tensorboard.flush()
 
 def restore(run, checkpoint, path):
-    """Puts a run where a checkpoint of ours, or as far as it goes one of the reference's, left off."""
-    classes = run.train_loader.dataset.images.classes
+    """Continues from a checkpoint, as far as possible also from one of the reference."""
+    sampler, classes = run.train_loader.sampler, run.train_loader.dataset.images.classes
     if checkpoint.get("classes", classes) != classes:
-        raise Fault(f"{path} was trained on other classes than the data has: give the data it was trained on")
-    if "optimizer" in checkpoint:
-        try:
-            load_momentum(run.optimizer, checkpoint["optimizer"])
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise Fault(f"{path}: its optimiser does not fit ({type(error).__name__}: {first_line(error)})")
-    run.precision.load_state_dict(checkpoint.get("amp"))
-    run.progress = Progress(int(checkpoint.get("epoch", 0)), int(checkpoint.get("images", 0)),
-                            float(checkpoint.get("best_acc1", 0)), list(checkpoint.get("rows", [])))
-    if run.progress.images > run.train_loader.sampler.count:
-        raise Fault(f"{path} is {run.progress.images} images into an epoch, and the data has fewer: give the data it "
-                    "was trained on")
-    run.log.line(f"=> resumed from {path}: epoch {run.progress.epoch}, {run.progress.images} images into it")
-    if "processes" in checkpoint:
-        restore_processes(run, checkpoint)
-    if run.runtime.is_main and run.progress.rows:
-        write_metrics(run.flags, run.progress.rows)
-
-
-def restore_processes(run, checkpoint):
-    """What each process had for itself, or where their number changed, an equal share of it."""
-    rows, order, size = checkpoint["processes"], run.train_loader.sampler, run.team.size
-    if len(rows) == size:
-        row, changes = rows[run.runtime.rank], []
-    else:
-        row, changes = rows.mean(0), [f"{len(rows)} processes, now {size}"]
-        row[-4:] *= len(rows) / size
-    set_batchnorm(run.model, row)
-    run.progress.sums = row[-4:].tolist()
-    now = {"seed": run.seed, "train_images": order.count, "batch": order.total, "opt_level": run.precision.level}
-    changes += [f"{name.replace('_', ' ')} {checkpoint.get(name)}, now {value}" for name, value in now.items()
-                if checkpoint.get(name) != value]
-    if changes:
-        run.log.line(f"=> the result is no longer bit-identical to a run without a break: it had {'; '.join(changes)}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Metering
-# ---------------------------------------------------------------------------------------------------------------------
-
-COLUMNS = ("epoch", "lr", "train_loss", "train_acc1", "val_loss", "acc1", "acc5", "fps", "seconds", "data_wait")
-SKIPPED_STEPS = 5  # of a process's first epoch: compilation, cold caches and the loaders' start are not steady state
-OVERFLOWS = 20  # steps in a row with a loss that is not finite, under a loss scale; 16 halvings of 65536 leave 1
-
-
-class Log:
-    """What the first process prints, and writes to TensorBoard; the others stay silent."""
-
-    def __init__(self, flags, runtime):
-        self.is_main, self.events = runtime.is_main, None
-        if flags.tensorboard and self.is_main:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise Fault("--tensorboard needs the tensorboard package: pip install tensorboard, or leave it out")
-            self.events = SummaryWriter(flags.tensorboard)
-
-    def line(self, text):
-        if self.is_main:
-            print(text, flush=True)
-
-    def scalars(self, row):
-        if self.events:
-            for name in COLUMNS[1:]:
-                self.events.add_scalar(name, row[name], row["epoch"])
-            self.events.flush()
-
-
-def why_bad(images, index):
-    """The decoder's reason, in one line; the loaders hand over only which images they could not read."""
+        raise UserError(f"{path} was trained on other classes than the data has: give its data")
     try:
-        images.read(index, val_plan(64, 64), 64)
-    except (OSError, ValueError) as error:
-        return first_line(error).replace("\t", " ")
-    return "could not be read before, and can now"
-
-
-def share_news(run, loader, mine):
-    """What the processes tell each other after a step: the signal that any has had (0: none), and the images that any
-    could not read (``mine``: this one's indices), each named once in the log and in bad_images.txt. Raises Fault where
-    there are more of them than --max-bad, or the file can't be written."""
-    stop, most = run.team.poll(len(mine))
-    if not most:
-        return stop
-    images, row = loader.dataset.images, torch.tensor(list(mine) + [-1] * (most - len(mine)))
-    listed = os.path.join(run.flags.output_dir, "bad_images.txt")
-    for index in sorted(set(run.team.gather(row).flatten().tolist()) - {-1}):
-        path = images.path(index)
-        if path not in run.bad and run.runtime.is_main:
-            name = path if path.isprintable() else path.encode("unicode_escape").decode()
-            reason = why_bad(images, index)
-            run.log.line(f"=> can't read {name}: {reason}")
-            try:
-                with open(listed, "a+", encoding="utf-8", errors="surrogateescape") as file:
-                    file.seek(0)
-                    if name not in {line.split("\t")[0] for line in file}:  # of an earlier start of the run
-                        file.write(f"{name}\t{reason}\n")
-            except OSError as error:
-                raise Fault(f"can't write {listed}: {first_line(error)}. Give another --output-dir")
-        run.bad.add(path)
-    limit = run.flags.max_bad if run.flags.max_bad is not None else max(10, len(images) // 1000)
-    if len(run.bad) > limit:
-        raise Fault(f"{len(run.bad)} images can't be read, more than --max-bad {limit}: see {listed}")
-    return stop
-
-
-class Meter:
-    """The figures of one epoch. It reads back from the device only when it prints or when the run is saved."""
-
-    def __init__(self, run, steps):
-        self.run, self.steps, self.unread, self.overflows = run, steps, [], 0
-        order = run.train_loader.sampler
-        self.total, self.skip = order.total, 0 if run.steady_images else min(SKIPPED_STEPS, len(order) // 2)
-        self.taken, self.waited = 0, 0.0
-        self.begin = self.printed = self.steady = self.mark()
-
-    def mark(self):
-        """A point to measure from: (time, steps taken, seconds spent waiting for images)."""
-        return time.monotonic(), self.taken, self.waited
-
-    def since(self, mark):
-        """(seconds a step, seconds of waiting a step)."""
-        begin, taken, waited = mark
-        return (time.monotonic() - begin) / (self.taken - taken), (self.waited - waited) / (self.taken - taken)
-
-    def wait_for(self, batches):
-        begin = time.monotonic()
-        batch = next(batches)
-        self.waited += time.monotonic() - begin
-        return batch
-
-    def add(self, step, lr, *figures):
-        """Takes the loss and the counts of a step, still on the device."""
-        self.unread.append((step, lr, torch.stack([f.float() for f in figures])))
-        self.taken += 1
-        if self.taken == self.skip:
-            self.run.runtime.synchronize()
-            self.steady = self.mark()
-
-    def read(self):
-        """Adds to the sums what has come since the last time; gives the last step's [loss, top 1, top 5], if any.
-        Raises Fault where a loss is not finite."""
-        values = torch.stack([figures for _, _, figures in self.unread]).tolist() if self.unread else [None]
-        progress, scales = self.run.progress, self.run.precision.scales
-        for (step, lr, _), (loss, top1, top5) in zip(self.unread, values):
-            finite = math.isfinite(loss)
-            self.overflows = 0 if finite else self.overflows + 1
-            if not finite and (not scales or self.overflows >= OVERFLOWS):
-                before = f", as in the {OVERFLOWS - 1} steps before it" if scales else ""
-                raise Fault(f"the loss is {loss} at epoch {progress.epoch} step {step} (lr {lr:.6g}){before}; "
-                            f"{last_good(self.run.flags.output_dir)}. Try a lower --lr or a longer --warmup")
-            added = (loss if finite else 0.0, top1, top5, 1)
-            progress.sums = [total + value for total, value in zip(progress.sums, added)]
-        self.unread = []
-        return values[-1]
-
-    def print_step(self, step):
-        """The line every --print-freq steps: each figure of now, and in brackets its average over the epoch. The
-        figures of training are this process's, the FPS those of all."""
-        loss, top1, top5 = self.read()
-        run, progress, batch = self.run, self.run.progress, self.run.train_loader.sampler.batch_size
-        mean_loss, mean1, mean5 = (total / progress.sums[3] for total in progress.sums[:3])
-        (seconds, wait), (mean_seconds, mean_wait) = self.since(self.printed), self.since(self.begin)
-        steady = self.since(self.steady)[0] if self.taken > self.skip else mean_seconds
-        left = self.steps - step - 1 + self.steps * (run.flags.epochs - progress.epoch - 1)
-        run.log.line("\t".join([
-            f"Epoch: [{progress.epoch}][{step:{len(str(self.steps))}d}/{self.steps}]",
-            f"Time {seconds:6.3f} ({mean_seconds:6.3f})",
-            f"Data {wait:6.3f} ({mean_wait:6.3f})",
-            f"Loss {loss:.4f} ({mean_loss:.4f})",
-            f"Acc@1 {100 * top1 / batch:6.2f} ({100 * mean1 / batch:6.2f})",
-            f"Acc@5 {100 * top5 / batch:6.2f} ({100 * mean5 / batch:6.2f})",
-            f"ETA {datetime.timedelta(seconds=int(left * steady))}",
-            f"FPS {self.total / seconds:.2f} ( {self.total / steady:.2f} )"]))
-        self.printed = self.mark()
-
-    def finish(self):
-        """The epoch's part of a row of metrics.csv, all processes counted."""
-        run, loader = self.run, self.run.train_loader
-        self.read()
-        run.runtime.synchronize()
-        seconds, steady = time.monotonic() - self.begin[0], time.monotonic() - self.steady[0]
-        images = self.total * (self.taken - self.steady[1])
-        run.steady_images, run.steady_seconds = run.steady_images + images, run.steady_seconds + steady
-        loss, top1, _, steps, waited = run.team.sum(run.progress.sums + [self.waited])
-        share = waited / run.team.size / seconds
-        if share > 0.1:
-            more = "" if loader.num_workers < usable_cores() else ", or give the machine more or faster cores"
-            run.log.line(f"=> {100 * share:.0f} % of epoch {run.progress.epoch} was spent waiting for images: "
-                         f"raise --workers (now {loader.num_workers}){more}")
-        return {"train_loss": loss / steps, "train_acc1": 100 * top1 / steps / loader.sampler.batch_size,
-                "fps": images / steady, "seconds": seconds, "data_wait": share}
-
-
-def write_metrics(flags, rows):
-    lines = [COLUMNS] + [[str(row["epoch"])] + [f"{row[name]:.6g}" for name in COLUMNS[1:]] for row in rows]
-    write_file("".join(",".join(line) + "\n" for line in lines).encode(), os.path.join(flags.output_dir, "metrics.csv"))
-
-
-def profile(run):
-    """Profiles a few training steps: a Chrome trace in --output-dir, and the ten costliest operators on the log."""
-    warm, steps, there = 3, 5, len(run.train_loader.sampler)
-    if there < warm + steps:
-        raise Fault(f"--run-prof needs {warm + steps} steps, the data has {there}: lower --batch-size")
-    batches = to_device(run.train_loader, run.runtime, run.precision.input_dtype)
-    run.model.train()
-
-    def take(steps):
-        for _ in range(steps):
-            images, labels, _ = next(batches)
-            with run.precision.autocast():
-                loss = smoothed_cross_entropy(run.train_model(images), labels, run.flags.label_smoothing)
-            run.precision.backward_and_step(loss, run.model, run.optimizer)
-        run.runtime.synchronize()
-
-    take(warm)
-    profiler, name, options = torch.autograd.profiler.profile, run.runtime.kind.module, {}
-    if name:
-        options = {"use_device": name} if accepts(profiler.__init__, "use_device") else {"use_" + name: True}
-        if options.get("use_device") == "cuda":
-            options["use_kineto"] = True  # or no kernel is in the trace
-    with profiler(**options) as record:
-        take(steps)
-    if run.runtime.is_main:
-        path = os.path.join(run.flags.output_dir, "trace.json")
-        record.export_chrome_trace(path)
-        order = "cuda_time_total" if name == "cuda" else "self_cpu_time_total"
-        print(record.key_averages().table(sort_by=order, row_limit=10))
-        print(f"=> {steps} steps profiled; open {path} in chrome://tracing", flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Entry
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def train(run):
-    """All epochs that are left, each with its evaluation and its checkpoint."""
-    flags, progress, log = run.flags, run.progress, run.log
-    while progress.epoch < flags.epochs:
-        row = train_epoch(run)
-        average_batchnorm(run.model, run.team)
-        try:
-            val_loss, acc1, acc5, _ = evaluate(run)
-        except Stopped:
-            save(run)
-            raise
-        lr = learning_rate(flags, progress.epoch)
-        row.update(epoch=progress.epoch, lr=lr, val_loss=val_loss, acc1=acc1, acc5=acc5)
-        best = acc1 > progress.best_acc1 or not progress.rows
-        progress.rows = [old for old in progress.rows if old["epoch"] < progress.epoch] + [row]
-        progress.best_acc1 = max(acc1, progress.best_acc1)
-        progress.epoch, progress.images, progress.sums = progress.epoch + 1, 0, [0.0] * 4
-        save(run, best)
-        if run.runtime.is_main:
-            write_metrics(flags, progress.rows)
-        log.scalars(row)
-        log.line(f"=> epoch {row['epoch']} took {row['seconds']:.1f} s: loss {row['train_loss']:.4f}, best Acc@1 "
-                 f"{progress.best_acc1:.3f}, FPS {row['fps']:.2f} ( {row['fps']:.2f} )")
-    if not progress.rows:
-        raise Fault(f"nothing to do: the next epoch is {progress.epoch}, and --epochs {flags.epochs} are to be done")
-    best, last = max(progress.rows, key=lambda row: row["acc1"]), progress.rows[-1]
-    if run.steady_images:
-        fps = run.steady_images / run.steady_seconds
-    else:  # only an evaluation was left to do
-        fps = next((row["fps"] for row in reversed(progress.rows) if row["fps"]), 0.0)
-    print_result(log, best["acc1"], best["acc5"], fps, last["train_loss"])
-
-
-def print_result(log, acc1, acc5, fps, loss):
-    """The line that the launch scripts read."""
-    log.line(f"Result: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} images/sec {fps:.2f} loss {loss:.4f}")
-
-
-def describe_speed(runtime, memory_kept, dtype):
-    """The log's line of what makes a run fast here, and what this torch or machine lacks; None: of no use here."""
-    kind = runtime.kind
-    levers = [
-        ("channels_last", runtime.channels_last if kind.channels_last else None),
-        ("freed memory kept", memory_kept),
-        ("own depthwise gradients", has_fast_depthwise(dtype) if kind.name == "cpu" else None),
-        ("torchvision's JPEG decoder", fast_decoder() is not None),
-        ("lasting loader processes", accepts(torch.utils.data.DataLoader.__init__, "persistent_workers")),
-        ("fused SGD", has_fused_sgd(runtime.device) if kind.name != "npu" else None),
-    ]
-    there, missing = (", ".join(name for name, found in levers if found is wanted) for wanted in (True, False))
-    return f"=> for speed: {there or 'nothing'}{'; not here: ' + missing if missing else ''}"
-
-
-def prepare(flags, runtime, team, notes, checkpoint, path):
-    """A run with all that an evaluation needs: the model, filled from what was asked for, and the validation images."""
-    log = Log(flags, runtime)
-    # --seed, or the interrupted run's, or one drawn by the first process
-    seed = flags.seed if flags.seed is not None else checkpoint.get("seed", random.SystemRandom().randrange(2 ** 31))
-    seed = int(team.first(seed))
-    if flags.seed is not None:
-        make_deterministic()
-    elif runtime.module:
-        torch.backends.cudnn.benchmark = True
-    torch.manual_seed(seed)
-
-    train_images, val_images = open_images(flags)
-    batch = flags.batch_size // runtime.local_size
-    workers = flags.workers if flags.workers is not None else share_of_cores(runtime.local_size)
-    precision = Precision(flags, runtime)
-    log.line(f"=> {flags.arch} on {runtime.device}{' ({})'.format('; '.join(notes)) if notes else ''}, {team.size} "
-             f"process(es) of {batch} images a step, {workers} worker(s) each, {precision}, seed {seed}")
-    if batch < 1:
-        raise Fault(f"--batch-size {flags.batch_size} is less than an image for each of {runtime.local_size} processes")
-    model = build_model(flags, runtime, len(val_images.classes), precision.conv_dtype)
-    if flags.pretrained:
-        log.line(f"=> weights of {load_pretrained(model, flags)}")
-    if checkpoint:
-        load_weights(model, checkpoint, path)
-    memory_kept = keep_freed_memory(runtime.local_size) if runtime.kind.name == "cpu" else None
-    log.line(describe_speed(runtime, memory_kept, precision.conv_dtype))
-    run = Run(flags, runtime, team, precision, model, make_loader(val_images, flags, runtime, batch, workers), log,
-              seed=seed)
-    if not flags.evaluate:
-        total = batch * runtime.world_size
-        if len(train_images) < total:
-            raise Fault(f"{len(train_images)} training images are fewer than the {total} of a step: lower --batch-size")
-        run.train_loader = make_loader(train_images, flags, runtime, batch, workers, seed)
-    return run
-
-
-def work(flags, runtime, team, notes):
-    """What a process does from meeting the others to the result."""
-    checkpoint, path = find_checkpoint(flags)
-    run = prepare(flags, runtime, team, notes, checkpoint, path)
-    parameters = run.precision.prepare(run.model)
-    if flags.evaluate:
-        team.listen()
-        loss, acc1, acc5, fps = evaluate(run)
-        return print_result(run.log, acc1, acc5, fps, loss)
-    optimizer = build_optimizer(flags, runtime, run.precision, parameters)
-    run.model, run.optimizer = run.precision.initialize(run.model, optimizer)
-    run.train_model = wrap_for_training(run.model, flags, runtime, run.precision)
-    run.progress.epoch = flags.start_epoch
-    with lock_folder(flags) if runtime.is_main else contextlib.nullcontext():
-        if checkpoint:
-            restore(run, checkpoint, path)
-        team.listen()
-        (profile if flags.run_prof else train)(run)
-
+        if "optimizer" in checkpoint:
+            load_optimizer_state(run.optimizer, checkpoint["optimizer"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its optimizer does not fit: {first_line(error)}")
+    if not run.precision.load_state_dict(checkpoint.get("amp")):
+        run.log(f"=> the loss scale of {path} is of another --amp-backend: it is re-initialised")
+    for name in ("epoch", "images", "best_acc1", "history"):
+        setattr(run, name, checkpoint.get(name, getattr(run, name)))
+    if run.images > sampler.count:
+        raise UserError(f"{path} is {run.images} images into an epoch, and the data has fewer: "
+                        "give the data it was trained on")
+    run.log(f"=> resumed from {path}: epoch {run.epoch}, {run.images} images into it")
+    if "running_stats" in checkpoint:
+        restore_ranks(run, checkpoint)
+    if run.runtime.rank == 0 and run.history:
+        write_metrics(run)
 
 @contextlib.contextmanager
-def lock_folder(flags):
-    """Holds --output-dir for this run alone.
-
-    Raises:
-        Fault: another run writes there, or it can't be made.
-    """
+def lock_folder(path):
+    """Creates a folder where it is missing, and holds it for this run alone."""
     try:
-        os.makedirs(flags.output_dir, exist_ok=True)
-        folder = os.open(flags.output_dir, os.O_RDONLY)
+        os.makedirs(path, exist_ok=True)
+        folder = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise Fault(f"can't use --output-dir {flags.output_dir!r}: {error.strerror}")
-    limit = time.monotonic() + 10  # what is left of a run that was killed may take some seconds to go
+        raise UserError(f"can't use --output-dir {path!r}: {error.strerror}")
     try:
+        deadline = time.monotonic() + 10  # the processes of a killed run may need seconds to end
         while True:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > limit:
-                    raise Fault(f"another run writes to {flags.output_dir!r}: give this one its own --output-dir")
+                if time.monotonic() > deadline:
+                    raise UserError(f"another run writes to {path!r}: give another --output-dir")
                 time.sleep(0.1)
         yield
     finally:
         os.close(folder)
 
+def name_bad_images(flags, images, unreadable, total):
+    """Names a step's ``unreadable`` images, (index, reason), in the log and in bad_images.txt,
+    where they are not yet there. Raises UserError where ``total``, the number in this pass over
+    the data set, of all ranks, is more than --max-bad."""
+    listed = os.path.join(flags.output_dir, "bad_images.txt")
+    for index, reason in unreadable:
+        path = images.path(index)
+        name = path if path.isprintable() else path.encode("unicode_escape").decode()
+        try:
+            with open(listed, "a+", encoding="utf-8", errors="surrogateescape") as file:
+                file.seek(0)
+                if name not in {line.split("\t")[0] for line in file}:
+                    file.write(f"{name}\t{reason}\n")
+                    print(f"=> can't read {name}: {reason}", flush=True)
+        except OSError as error:
+            raise UserError(f"can't write {listed}: {first_line(error)}")
+    limit = max(10, len(images) // 1000) if flags.max_bad is None else flags.max_bad
+    if total > limit:
+        raise UserError(f"{total} images can't be read, more than --max-bad {limit}: see {listed}")
 
-def print_error(fault, rank=""):
-    text = str(fault).rsplit("Fault: ", 1)[-1].strip().replace("\n", " ")  # torch puts a traceback before a loader's
-    print(f"main.py: error: {rank}{text}", file=sys.stderr, flush=True)
+class EpochMeter:
+    """The figures of an epoch. Those of the steps stay on the device until they are printed."""
+
+    def __init__(self, run, steps):
+        self.run, self.steps, self.sampler = run, steps, run.train_loader.sampler
+        self.warm_up_steps = 0 if run.steady_images else min(WARM_UP_STEPS, len(self.sampler) // 2)
+        # Steps, seconds and seconds of waiting for images: of the epoch so far, and what they were
+        # at the last log line and at the end of the warm-up.
+        self.time, self.printed, self.warm_up = np.zeros((3, 3))
+        self.last_time = time.monotonic()
+
+    def measure(self, steps=0, waiting=False):
+        """Adds the time since the last call, all or none of it spent waiting for images."""
+        now = time.monotonic()
+        seconds, self.last_time = now - self.last_time, now
+        self.time += steps, seconds, seconds if waiting else 0
+        return self.time
+
+    def update(self, loss, logits, targets):
+        """Adds a step to the run's totals, on the device: loss, top 1, top 5, steps, and losses
+        that are not finite; under a loss scale those in a row."""
+        totals, overflow = self.run.totals, 1 - torch.isfinite(loss).float()
+        self.figures = torch.stack((loss.float(), *topk_correct(logits, targets)))
+        totals[0] += loss.float().masked_fill(overflow == 1, 0)
+        totals[1:3] += self.figures[1:]
+        totals[3] += 1
+        totals[4] = totals[4] * (overflow if self.run.precision.uses_loss_scale else 1) + overflow
+        self.measure(steps=1)
+        if self.time[0] == self.warm_up_steps:
+            self.run.runtime.synchronize()
+            self.warm_up = self.measure().copy()
+
+    def check_loss(self, step):
+        """Raises UserError where losses are not finite; a loss scale allows some of them."""
+        run = self.run
+        limit = MAX_OVERFLOWS if run.precision.uses_loss_scale else 1
+        if run.totals[4] >= limit:
+            lr = run.optimizer.param_groups[0]["lr"]
+            raise UserError(f"the loss is {self.figures[0]} at epoch {run.epoch} step {step} (lr "
+                            f"{lr:.6g}), it was not finite {run.totals[4]:.0f} times. Try a lower "
+                            "--lr or a longer --warmup")
+
+    def print_step(self, step):
+        """Prints the last step, the time of the steps since the last line, and the epoch's means.
+        Loss and accuracy are those of this rank, the throughput is that of all."""
+        run, total = self.run, self.sampler.total
+        totals, figures = run.totals.tolist(), self.figures.tolist()
+        interval, steady = self.measure() - self.printed, self.time - self.warm_up
+        self.printed = self.time.copy()
+        step_time = interval[1] / interval[0]
+        steady_time = steady[1] / steady[0] if steady[0] else self.time[1] / self.time[0]
+        steps_left = self.steps * (run.flags.epochs - run.epoch) - step - 1
+        percent = 100 / self.sampler.batch_size
+        columns = [f"Epoch: [{run.epoch}][{step:{len(str(self.steps))}d}/{self.steps}]"]
+        for i, name in ((1, "Time"), (2, "Data")):
+            mean = self.time[i] / self.time[0]
+            columns.append(f"{name} {interval[i] / interval[0]:6.3f} ({mean:6.3f})")
+        columns.append(f"Loss {figures[0]:.4f} ({totals[0] / totals[3]:.4f})")
+        for i, name in ((1, "Acc@1"), (2, "Acc@5")):
+            mean = percent * totals[i] / totals[3]
+            columns.append(f"{name} {percent * figures[i]:6.2f} ({mean:6.2f})")
+        columns.append(f"ETA {datetime.timedelta(seconds=int(steps_left * steady_time))}")
+        columns.append(f"FPS {total / step_time:.2f} ( {total / steady_time:.2f} )")
+        run.log("\t".join(columns))
+
+    def summarize(self):
+        """Returns the epoch's part of a row of metrics.csv, over all ranks."""
+        run, workers = self.run, self.run.train_loader.num_workers
+        run.runtime.synchronize()
+        steps, seconds, _ = (self.measure() - self.warm_up).tolist()
+        images = int(steps) * self.sampler.total
+        run.steady_images += images
+        run.steady_seconds += seconds
+        loss, top1, _, steps, _, data_time = run.group.sum(run.totals.tolist() + [self.time[2]])
+        data_wait = float(data_time / run.group.size / self.time[1])
+        if data_wait > 0.1:
+            run.log(f"=> {100 * data_wait:.0f} % of epoch {run.epoch} was spent waiting "
+                    f"for images: raise --workers (now {workers}), or use more or faster cores")
+        return {"train_loss": loss / steps, "fps": images / seconds, "data_wait": data_wait,
+                "train_acc1": 100 * top1 / steps / self.sampler.batch_size,
+                "seconds": float(self.time[1])}
 
 
-def worker(flags, kind, notes):
-    """One process of a run, from the device to the exit status."""
-    runtime = open_device(flags, kind)
-    team = Team(flags, runtime)
+# --- 8. Training ----------------------------------------------------------------------------------
+
+class Stopped(Exception):
+    """A signal, its first argument, ended the run."""
+
+@dataclass
+class Run:
+    """The parts of a run that the functions below share."""
+
+    flags: argparse.Namespace
+    runtime: Runtime
+    group: ProcessGroup
+    precision: Precision
+    model: torch.nn.Module
+    val_loader: torch.utils.data.DataLoader
+    seed: int
+    train_loader: torch.utils.data.DataLoader = None
+    train_model: torch.nn.Module = None  # the model, wrapped for training
+    optimizer: torch.optim.Optimizer = None
+    tensorboard: object = None
+    epoch: int = 0
+    images: int = 0  # of this epoch so far, over all ranks
+    totals: torch.Tensor = None  # of this epoch and rank, on the device, see EpochMeter.update
+    best_acc1: float = 0.0
+    history: list = field(default_factory=list)  # the rows of metrics.csv
+    steady_images: int = 0  # for the throughput: without warm-up, since this start of the run
+    steady_seconds: float = 0.0
+
+    def log(self, text):
+        """Prints a line; only rank 0 does."""
+        if self.runtime.rank == 0:
+            print(text, flush=True)
+
+def train_step(run, images, targets):
+    """Takes one optimizer step on images [n, 3, S, S] and targets [n]; returns loss and logits,
+    detached, on the device: nothing here waits for it."""
+    with run.precision.autocast():
+        logits = run.train_model(images)
+        loss = smoothed_cross_entropy(logits, targets, run.flags.label_smoothing)
+    run.precision.backward_and_step(loss, run.model, run.optimizer)
+    return loss.detach(), logits.detach()
+
+def train_epoch(run):
+    """Trains the rest of the epoch; returns its part of a row of metrics.csv. Raises Stopped where
+    a signal has come and the run is saved, UserError where the loss is not finite, too many images
+    are unreadable or a rank does not respond."""
+    flags, sampler, data = run.flags, run.train_loader.sampler, run.train_loader.dataset.images
+    sampler.epoch, sampler.first_image = run.epoch, run.images
+    first, bad = run.images // sampler.total, 0
+    steps = first + len(sampler)
+    run.model.train(not flags.freeze_bn)
+    run.model.classifier.train()  # dropout
+    meter = EpochMeter(run, steps)
+    batches = prefetch(run.train_loader, run.runtime, run.precision.input_dtype)
+    for step in range(first, steps):
+        lr = learning_rate(flags, run.epoch + step / steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        meter.measure()
+        images, targets, unreadable = next(batches)
+        meter.measure(waiting=True)
+        # Dropout draws the same after a resume, with no generator state in the checkpoint. Not
+        # before the batch: a loader that starts draws a number, too.
+        entropy = (run.seed, run.epoch, run.images, run.runtime.rank)
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        loss, logits = train_step(run, images, targets)
+        meter.update(loss, logits, targets)
+        run.images += sampler.total
+
+        signum, total = run.group.sync_step(len(unreadable))
+        bad += total
+        name_bad_images(flags, data, unreadable, bad)
+        steps_done = run.epoch * steps + step + 1
+        due = flags.save_freq and steps_done % flags.save_freq == 0
+        if signum or due or step % flags.print_freq == 0 or step == steps - 1:
+            meter.check_loss(step)
+        if step % flags.print_freq == 0:
+            meter.print_step(step)
+        if signum or due:
+            save(run)
+        if signum:
+            raise Stopped(signum)
+    return meter.summarize()
+
+def evaluate(run, model):
+    """Evaluates a model on every validation image once; an unreadable one counts as wrong. Returns
+    the loss (cross entropy, no label smoothing), Acc@1 and Acc@5 in percent, and images per second.
+    Raises Stopped where a signal has come; the next start evaluates again."""
+    flags, sampler = run.flags, run.val_loader.sampler
+    model.eval()
+    if run.precision.level == "O0" and run.runtime.backend.name == "cpu":
+        model = mnasnet.fold_batchnorm(model)
+    no_grad = torch.no_grad if TORCH < (1, 9) else torch.inference_mode
+    totals = torch.zeros(3, device=run.runtime.device)  # loss, top 1, top 5
+    seen = readable = bad = 0
+    begin = time.monotonic()
+    batches = prefetch(run.val_loader, run.runtime, run.precision.input_dtype)
+    for step in range(len(sampler)):
+        images, targets, unreadable = next(batches, (None, (), ()))
+        if len(targets):
+            with no_grad(), run.precision.autocast():
+                logits = model(images).float()
+                loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+                totals += torch.stack((loss, *topk_correct(logits, targets)))
+            seen += len(targets)
+            readable += len(targets) - len(unreadable)
+        signum, total = run.group.sync_step(len(unreadable))
+        bad += total
+        name_bad_images(flags, run.val_loader.dataset.images, unreadable, bad)
+        if signum:
+            raise Stopped(signum)
+        if step % flags.print_freq == 0 and seen:
+            loss, top1, top5 = totals.tolist()
+            run.log(f"Test: [{step:{len(str(len(sampler)))}d}/{len(sampler)}]\t"
+                    f"Time {(time.monotonic() - begin) / (step + 1):6.3f}\t"
+                    f"Loss {loss / max(1, readable):.4e}\t"
+                    f"Acc@1 {100 * top1 / seen:6.2f}\tAcc@5 {100 * top5 / seen:6.2f}")
+    loss, top1, top5, seen, readable = run.group.sum(totals.tolist() + [seen, readable])
+    if seen != sampler.count:
+        raise UserError(f"evaluated {seen:.0f} images of {sampler.count}: please report this bug")
+    acc1, acc5 = 100 * top1 / seen, 100 * top5 / seen
+    run.log(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} "
+            f"({top1:.0f} and {top5:.0f} of {seen:.0f} images)")
+    return loss / max(1, readable), acc1, acc5, seen / (time.monotonic() - begin)
+
+def print_result(run, acc1, acc5, fps, loss):
+    """Prints the line that the launch scripts read."""
+    run.log(f"Result: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} images/sec {fps:.2f} loss {loss:.4f}")
+
+def train(run):
+    """Trains the epochs that are left; after each it evaluates and saves."""
+    while run.epoch < run.flags.epochs:
+        row = train_epoch(run)
+        average_running_stats(run.model, run.group)
+        try:
+            row["val_loss"], row["acc1"], row["acc5"], _ = evaluate(run, run.model)
+        except Stopped:
+            save(run)
+            raise
+        row.update(epoch=run.epoch, lr=learning_rate(run.flags, run.epoch))
+        best = row["acc1"] > run.best_acc1 or not run.history
+        run.best_acc1 = max(row["acc1"], run.best_acc1)
+        run.history = run.history + [row]
+        run.epoch, run.images = run.epoch + 1, 0
+        run.totals.zero_()
+        save(run, best)
+        if run.runtime.rank == 0:
+            write_metrics(run)
+        run.log(f"=> epoch {row['epoch']} took {row['seconds']:.1f} s: "
+                f"loss {row['train_loss']:.4f}, best Acc@1 {run.best_acc1:.3f}, "
+                f"FPS {row['fps']:.2f} ( {row['fps']:.2f} )")
+    if not run.history:
+        raise UserError(f"nothing to do: the next epoch is {run.epoch}, --epochs is "
+                        f"{run.flags.epochs}")
+    best = max(run.history, key=lambda row: row["acc1"])
+    fps = next((row["fps"] for row in reversed(run.history) if row["fps"]), 0.0)
+    if run.steady_images:  # else only an evaluation was left
+        fps = run.steady_images / run.steady_seconds
+    print_result(run, best["acc1"], best["acc5"], fps, run.history[-1]["train_loss"])
+
+def profile(run):
+    """Profiles a few training steps: trace.json in --output-dir, the top operators on stdout."""
+    warm_up, steps, module = 3, 5, run.runtime.backend.module
+    if len(run.train_loader.sampler) < warm_up + steps:
+        raise UserError(f"--run-prof needs {warm_up + steps} steps, the data has "
+                        f"{len(run.train_loader.sampler)}: lower --batch-size")
+    batches = prefetch(run.train_loader, run.runtime, run.precision.input_dtype)
+    run.model.train()
+    options = {f"use_{module}": True} if module else {}
+    if module and TORCH >= (2, 1):  # kineto writes CUDA's kernels to the trace
+        options = {"use_device": module, "use_kineto": module == "cuda"}
+    for _ in range(warm_up):
+        train_step(run, *next(batches)[:2])
+    run.runtime.synchronize()
+    with torch.autograd.profiler.profile(**options) as profiler:
+        for _ in range(steps):
+            train_step(run, *next(batches)[:2])
+        run.runtime.synchronize()
+    if run.runtime.rank == 0:
+        path = os.path.join(run.flags.output_dir, "trace.json")
+        profiler.export_chrome_trace(path)
+        order = "cuda_time_total" if module == "cuda" else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=order, row_limit=10))
+        print(f"=> {steps} steps profiled; open {path} in chrome://tracing", flush=True)
+
+
+# --- 9. Entry -------------------------------------------------------------------------------------
+
+def build_run(flags, runtime, group, notes, checkpoint, path):
+    """Returns a run with its model, filled from what was asked for, and its loaders."""
+    seed = flags.seed
+    if seed is None:
+        seed = checkpoint.get("seed", random.SystemRandom().randrange(2 ** 31))
+    seed = int(group.gather(torch.tensor([seed]))[0])
+    torch.manual_seed(seed)
+    deterministic = flags.seed is not None
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic and TORCH >= (1, 8):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if deterministic and TORCH >= (2, 2):
+        torch.utils.deterministic.fill_uninitialized_memory = False  # no such memory is read here
+
+    train_images, val_images = open_images(flags)
+    precision = Precision(flags, runtime)
+    batch_size = flags.batch_size // runtime.local_size
+    workers = cores_per_process(runtime.local_size) if flags.workers is None else flags.workers
+    total, available = batch_size * runtime.world_size, len(train_images or val_images)
+    if total < 1 or (train_images and total > available):
+        raise UserError(f"--batch-size {flags.batch_size} gives steps of {total} images: expected "
+                        f"1 for each process to {available}")
+    model = build_model(flags, runtime, len(val_images.classes), precision.conv_dtype)
+    val_loader = make_loader(val_images, flags, runtime, batch_size, workers)
+    run = Run(flags, runtime, group, precision, model, val_loader, seed, epoch=flags.start_epoch,
+              totals=torch.zeros(5, device=runtime.device))
+    run.log(f"=> {flags.arch} on {runtime.device}{notes}, {group.size} process(es) with batch size "
+            f"{batch_size}, {workers} worker(s) each, {precision}, seed {seed}")
+    if flags.pretrained:
+        run.log(load_pretrained(model, flags))
+    if checkpoint:
+        load_weights(model, checkpoint, path)
+    if runtime.backend.name == "cpu":
+        mnasnet.keep_freed_memory(runtime.local_size)
+    if train_images:
+        run.train_loader = make_loader(train_images, flags, runtime, batch_size, workers, seed)
+    if flags.tensorboard and runtime.rank == 0:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs its package: pip install tensorboard")
+        run.tensorboard = SummaryWriter(flags.tensorboard)
+    return run
+
+def run_training(flags, runtime, group, notes):
+    """Trains, evaluates or profiles."""
+    checkpoint, path = find_checkpoint(flags)
+    run = build_run(flags, runtime, group, notes, checkpoint, path)
+    parameters = run.precision.prepare(run.model)
+    if flags.evaluate:
+        group.handle_signals()
+        loss, acc1, acc5, fps = evaluate(run, run.model)
+        return print_result(run, acc1, acc5, fps, loss)
+    optimizer = build_optimizer(flags, runtime, run.precision, parameters)
+    run.model, run.optimizer = run.precision.initialize(run.model, optimizer)
+    run.train_model = wrap_for_training(run.model, flags, runtime, run.precision)
+    with lock_folder(flags.output_dir) if runtime.rank == 0 else contextlib.nullcontext():
+        if checkpoint:
+            restore(run, checkpoint, path)
+        group.handle_signals()
+        return profile(run) if flags.run_prof else train(run)
+
+def main_worker(flags, backend, notes):
+    """Runs one process, from its device to its exit status."""
+    runtime = open_device(flags, backend)
+    group = ProcessGroup(flags, runtime)
     status = 0
     try:
-        with team.faults():
-            work(flags, runtime, team, notes)
+        with group.name_silent_ranks():
+            run_training(flags, runtime, group, notes)
     except Stopped as stopped:
-        status = 128 + stopped.signum
-        if runtime.is_main:
-            saved = "" if flags.evaluate else ", saved; --resume auto goes on from here"
-            print(f"=> {signal.Signals(stopped.signum).name}: stopped{saved}", file=sys.stderr, flush=True)
-    except Fault as fault:
+        signum = stopped.args[0]
+        status = 128 + signum
+        if runtime.rank == 0:
+            saved = "" if flags.evaluate else ", saved; --resume auto continues from here"
+            print(f"=> {signal.Signals(signum).name}: stopped{saved}", file=sys.stderr, flush=True)
+    except UserError as error:
         status = 1
-        if team.speaks_first():
-            print_error(fault, f"rank {runtime.rank}: " if team.size > 1 else "")
+        if group.is_first_to_report():
+            print_error(error, runtime.rank if group.size > 1 else None)
     except Exception:
-        if team.size == 1:
-            raise
-        traceback.print_exc()
         status = 1
-    finally:
-        end_loaders()
-    if team.size > 1:
-        if status:  # the others may be gone, and torch would wait for them
+        traceback.print_exc()
+    if group.size > 1:
+        if status:  # other ranks may be gone, and torch would wait for them
             sys.stdout.flush()
             os._exit(status)
         dist.destroy_process_group()
     return status
 
-
-def check_data(flags):
-    """Reads every image and lists the bad ones; the exit status."""
-    runtime, found = Runtime(KINDS["cpu"], torch.device("cpu")), 0
-    workers = flags.workers if flags.workers is not None else usable_cores()
-    for name in ("train", "val"):
-        images, done, begin = open_folder(flags, name), 0, time.monotonic()
-        for _, labels, bad in make_loader(images, flags, runtime, 64, workers):
-            done, found = done + len(labels), found + len(bad)
-            for index in bad:
-                print(f"bad: {ascii(images.path(index))[1:-1]}\t{why_bad(images, index)}")
-            if done % 6400 < 64 or done == len(images):
-                print(f"{name}: {done} of {len(images)} images, {done / (time.monotonic() - begin):.0f} a second",
-                      file=sys.stderr, flush=True)
-    print(f"{found} bad image(s)")
-    return 1 if found else 0
-
-
-def launch(flags, argv, kind):
-    """Starts one process a card of this node, and ends them all when one fails; gives their exit status."""
-    children, cards = [], flags.device_list
-    with tempfile.TemporaryDirectory(prefix="mnasnet-") as folder:
-        url = flags.dist_url
-        if flags.nodes == 1 and url == "env://" and "MASTER_ADDR" not in os.environ:
-            url = "file://" + os.path.join(folder, "meeting")  # one node needs no port
-        environment = dict(os.environ)
-        if kind.name == "cpu":
-            environment.setdefault("OMP_NUM_THREADS", str(share_of_cores(len(cards))))
-        for signum in SIGNALS:
-            signal.signal(signum, lambda number, frame: tell(children, number))
-        for place in range(len(cards)):
-            command = [sys.executable, os.path.abspath(__file__), *argv, "--local_rank", str(place), "--dist-url", url,
-                       "--device", kind.name, "--device-list", ",".join(map(str, cards))]
-            children.append(subprocess.Popen(command, env=environment, start_new_session=True,
-                                             preexec_fn=lambda: die_with_parent(signal.SIGTERM)))
-        try:
-            return watch(children, flags.node_rank * len(cards))
-        finally:
-            for child in children:  # with what it started: its process group
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-
-
-def tell(children, signum):
-    for child in children:
-        if child.poll() is None:
-            child.send_signal(signum)
-
-
-def watch(children, first_rank):
-    """Waits for the children. Once one has failed the others get 10 s to end, or 60 s to save after a signal."""
-    deadline, status = math.inf, 0
-    while True:
-        codes = [child.poll() for child in children]
-        failed = [(first_rank + place, code) for place, code in enumerate(codes) if code]
-        if failed and not status:
-            rank, code = failed[0]
-            status = code if code > 0 else 128 - code
-            saving = code in [128 + signum for signum in SIGNALS]
-            deadline = time.monotonic() + (60 if saving else 10)
-            if code < 0:
-                print_error(f"rank {rank} was killed by {signal.Signals(-code).name}; ending the others")
-            if not saving:
-                tell(children, signal.SIGTERM)
-        if None not in codes or time.monotonic() > deadline:
-            return status
-        time.sleep(0.05)
-
-
 def main(argv=None):
-    """The exit status of a command line."""
+    """Runs a command line and returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = parse_args(argv)
     try:
-        if flags.check_data:
-            return check_data(flags)
-        kind, notes = choose_kind(flags)
-        if flags.dist_backend not in (None, kind.collective, "gloo"):
-            raise Fault(f"--dist-backend {flags.dist_backend} is not for {kind.name}: give {kind.collective}")
-        if not flags.multiprocessing_distributed:
-            return worker(flags, kind, notes)
-        if not flags.device_list:
-            if kind.name == "cpu":
-                raise Fault("--multiprocessing-distributed on the cpu needs --device-list 0,1,...: a number a process")
-            flags.device_list = list(range(cards_present(kind)[0]))
-        if flags.local_rank is not None:
-            return worker(flags, kind, notes)
-        if not flags.synthetic:
-            open_images(flags)  # one message, before as many processes say it
-        return launch(flags, argv, kind)
-    except Fault as fault:
-        print_error(fault)
+        backend, notes = select_backend(flags)
+        if flags.multiprocessing_distributed:
+            flags.device_list = select_cards(flags, backend)
+            if flags.local_rank is None:
+                return launch(flags, argv, backend)
+        return main_worker(flags, backend, notes)
+    except UserError as error:
+        print_error(error)
         return 1
     except KeyboardInterrupt:
         return 130
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Ascend's environment, to be sourced. The launch scripts do so for --device=npu only.
-# What is set already stays as it is; etp_running_flag=true says that a test platform has set all of it.
+# Variables that are set already keep their values; etp_running_flag=true says that a test platform
+# has set all of them.
 
 if [[ ${etp_running_flag:-} != true ]]; then
   _npu_found=''
@@ -26,18 +27,19 @@ if [[ ${etp_running_flag:-} != true ]]; then
     fi
   done
   [[ -n $_npu_found ]] ||
-    printf '%s\n' "env_npu.sh: found no set_env.sh of CANN (ASCEND_TOOLKIT_HOME, /usr/local/Ascend, ~/Ascend); going on without it" >&2
+    printf 'env_npu.sh: found no set_env.sh of CANN (%s); continuing without it\n' \
+      'ASCEND_TOOLKIT_HOME, /usr/local/Ascend, ~/Ascend' >&2
   unset _npu_file _npu_found _npu_options
 
   # Device log: not on stdout, errors only, no events.
   export ASCEND_SLOG_PRINT_TO_STDOUT="${ASCEND_SLOG_PRINT_TO_STDOUT:-0}"
   export ASCEND_GLOBAL_LOG_LEVEL="${ASCEND_GLOBAL_LOG_LEVEL:-3}"
   export ASCEND_GLOBAL_EVENT_ENABLE="${ASCEND_GLOBAL_EVENT_ENABLE:-0}"
-  # Operators are queued asynchronously; copies and combined tensors go through fast kernels.
+  # Operators are queued asynchronously; copies and combined tensors use fast kernels.
   export TASK_QUEUE_ENABLE="${TASK_QUEUE_ENABLE:-1}"
   export PTCOPY_ENABLE="${PTCOPY_ENABLE:-1}"
   export COMBINED_ENABLE="${COMBINED_ENABLE:-1}"
-  # Collectives without a list of allowed hosts; ranks wait this long (seconds) for the slowest to compile.
+  # Collectives without a list of allowed hosts; ranks wait (seconds) for the slowest to compile.
   export HCCL_WHITELIST_DISABLE="${HCCL_WHITELIST_DISABLE:-1}"
   export HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-600}"
 fi

@@ -1,24 +1,35 @@
 #!/usr/bin/env bash
-# The test suite on a bare machine: environment, then pytest.
-# usage: run_tests.sh [--torch=1.5|1.8|2.x] [--python=PATH] [pytest's arguments ...]
+# The test suite on a bare machine: virtual environment, then pytest.
+# usage: run_tests.sh [--all] [--torch=1.5|1.8|2.x] [--python=PATH] [pytest's arguments ...]
+# Leaves out what is marked slow, unless there is --all, -m, -k, or the path of a file or a test.
 set -euo pipefail
 # shellcheck source=test/venv.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"
 
-torch=2.x python='' tests=("$test_dir/unit") arguments=(--rootdir "$test_dir" -c "$test_dir/pytest.ini")
+torch=2.x python='' previous=''
+tests=("$test_dir/unit") selection=(-m 'not slow')
+arguments=(--rootdir "$test_dir" -c "$test_dir/pytest.ini")
 for argument in "$@"; do
   case $argument in
+    --all) selection=() ;;
     --torch=*) torch=${argument#*=} ;;
     --python=*) python=${argument#*=} ;;
     *)
       arguments+=("$argument")
-      # A file or test named by the user replaces the whole suite.
-      if [[ -e ${argument%%::*} ]]; then tests=(); fi
+      if [[ $argument == -[mk]* ]]; then
+        selection=()
+      elif [[ ! $previous =~ ^-[kmpoWnc]$ && -e ${argument%%::*} ]]; then
+        tests=() selection=()
+      fi
       ;;
   esac
+  previous=$argument
 done
 
 set_generation "$torch"
 make_environment pytest "$test_dir/requirements.txt"
-printf '%s: torch %s, %s\n' "$me" "$torch" "$("$python" -c 'import sys; print(sys.executable, sys.version.split()[0])')"
-exec "$python" -m pytest "${arguments[@]}" ${tests[@]+"${tests[@]}"}
+found=$("$python" -c 'import sys; print(sys.executable, sys.version.split()[0])')
+printf '%s: torch %s, %s\n' "$me" "$torch" "$found"
+# ${x[@]+...}: bash < 4.4 takes an empty array for an unset one.
+exec "$python" -m pytest "${arguments[@]}" \
+  ${selection[@]+"${selection[@]}"} ${tests[@]+"${tests[@]}"}

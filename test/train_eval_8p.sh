@@ -4,7 +4,7 @@ set -euo pipefail
 # shellcheck source=test/common.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-kind='eval'
+mode="eval"
 cards=8
 batch_size=256
 run_case "$@"

@@ -4,7 +4,7 @@ set -euo pipefail
 # shellcheck source=test/common.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-kind=perf
+mode=perf
 cards=1
 batch_size=512
 lr=0.7

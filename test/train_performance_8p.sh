@@ -4,7 +4,7 @@ set -euo pipefail
 # shellcheck source=test/common.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-kind=perf
+mode=perf
 cards=8
 batch_size=4096
 lr=1.4

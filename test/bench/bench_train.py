@@ -1,18 +1,17 @@
-"""Images per second of the whole training loop: reading, decoding, augmenting, training.
+"""Images per second of training from files: reading, decoding, augmenting, training.
 
-It compares main.py, run as a user would, with the loop that most ImageNet trainers have: Pillow, RandomResizedCrop,
-flip, ToTensor and Normalize in a DataLoader with 4 workers, NCHW in fp32, and the loss and the accuracies read back
-at every step. Both get the same JPEG files, network, batch size and number of steps, each in a process of its own,
-in turn. The first 5 steps (at most half of them) are not counted, in both.
+Compares main.py, run as a user would, with the loop that most ImageNet trainers have: Pillow,
+RandomResizedCrop, flip, ToTensor and Normalize in a DataLoader with 4 workers, NCHW in fp32, and
+the loss and the accuracies read back at every step. With --against DIR it compares main.py with
+that of another checkout. All get the same JPEG files, network, batch size and number of steps,
+each in a process of its own, in turn. The first 5 steps (at most half of them) are not counted.
 
-How to read it: "x usual" is the ratio of the medians. O0 computes in fp32 like the usual loop; O1 in low precision.
-With --levers, "no files" is main.py on generated images, what the step alone allows, and each of main.py's levers is
-left out in turn. Take at least 20 steps: the batches which the loaders have ready when the count begins are for free, in
-both.
+O0 computes in fp32 like the baseline loop, O1 in low precision. With --optimisations, main.py also
+runs on generated images (no file to read or decode) and without each of its optimisations. Take at
+least 20 steps: the batches that the loaders have ready when the count begins cost nothing.
 """
 
 import functools
-import os
 import pathlib
 import statistics
 import sys
@@ -24,133 +23,155 @@ import torch
 import common
 
 
-def usual_loader(folder, flags):
-    from torchvision import datasets, transforms
-
-    steps = [transforms.RandomResizedCrop(flags.size), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-             transforms.Normalize(common.MEAN, common.STD)]
-    images = datasets.ImageFolder(folder, transforms.Compose(steps))
-    return torch.utils.data.DataLoader(images, batch_size=flags.batch_size, shuffle=True, drop_last=True,
-                                       num_workers=flags.usual_workers, pin_memory=flags.device == "gpu")
-
-
-def usual_model(arch):
-    """torchvision's network, or where it has none by that name this repository's, which is the same."""
-    import torchvision
-
-    build = getattr(torchvision.models, arch, None)
-    if build is None:
-        import mnasnet
-
-        build = getattr(mnasnet, arch)
-    return build(num_classes=common.CLASSES)
-
-
-def accuracy(logits, labels, k):
-    """Acc@k of a batch, read back."""
+def batch_accuracy(logits, targets, k):
+    """Acc@k of a batch, read back from the device."""
     top = logits.topk(min(k, logits.shape[1]), 1)[1]
-    return 100 * (top == labels.view(-1, 1)).any(1).float().mean().item()
+    return 100 * (top == targets.view(-1, 1)).any(1).float().mean().item()
 
 
-def usual_loop(flags):
-    """One epoch; prints the result as main.py does."""
-    device = torch.device("cuda" if flags.device == "gpu" else "cpu")
+def baseline_loop(flags):
+    """Trains for one epoch as most trainers do; prints the result as main.py does."""
+    device = common.torch_device(flags)
     torch.backends.cudnn.benchmark = True
-    loader, model = usual_loader(os.path.join(flags.usual_loop, "train"), flags), usual_model(flags.arch).to(device)
+    loader = common.baseline_loader(flags, train=True)
+    model = common.build_network(flags.arch).to(device)
     criterion = torch.nn.CrossEntropyLoss().to(device)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-5, nesterov=True)
-    skip, losses, top1, top5 = min(5, len(loader) // 2), [], [], []
+    optimizer = torch.optim.SGD(
+        model.parameters(), 0.01, momentum=0.9, weight_decay=1e-5, nesterov=True)
+    skipped = min(5, len(loader) // 2)
+    losses, acc1, acc5 = [], [], []
     model.train()
-    begin = time.time()
-    for step, (images, labels) in enumerate(loader):
-        if step == skip:
-            begin = time.time()  # the .item() below waited for the device
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    start = time.time()
+    for step, (images, targets) in enumerate(loader):
+        if step == skipped:
+            start = time.time()  # the device is idle: .item() below waited for it
+        images = images.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
         logits = model(images)
-        loss = criterion(logits, labels)
+        loss = criterion(logits, targets)
         losses.append(loss.item())
-        top1.append(accuracy(logits, labels, 1))
-        top5.append(accuracy(logits, labels, 5))
+        acc1.append(batch_accuracy(logits, targets, 1))
+        acc5.append(batch_accuracy(logits, targets, 5))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    rate = flags.batch_size * (len(loader) - skip) / (time.time() - begin)
-    print("Result: Acc@1 {:.3f} Acc@5 {:.3f} images/sec {:.2f} loss {:.4f}".format(
-        sum(top1) / len(top1), sum(top5) / len(top5), rate, sum(losses) / len(losses)))
+    rate = flags.batch_size * (len(loader) - skipped) / (time.time() - start)
+    print(f"Result: Acc@1 {statistics.mean(acc1):.3f} Acc@5 {statistics.mean(acc5):.3f} "
+          f"images/sec {rate:.2f} loss {statistics.mean(losses):.4f}")
 
 
-# How main.py is kept from using each of its levers; for what they are, see there.
+# Statements before main.main() that keep main.py from using one of its optimisations.
 WITHOUT = {
-    "channels_last": "import main; main.keeps_channels_last = lambda kind: False",
-    "freed memory kept": "import main; main.keep_freed_memory = lambda processes: False",
-    "own depthwise": "import main; main.has_fast_depthwise = lambda dtype: False",
-    "fast decoder": "import main; main.fast_decoder = lambda: None",
-    "own ReLU": "import main; main.replace_relu = lambda model: None",
+    "channels_last": "main.BACKENDS[device] = "
+                     "dataclasses.replace(main.BACKENDS[device], channels_last=False)",
+    "reuse of freed memory": "main.keep_freed_memory = lambda processes: None",
+    "fast depthwise gradients": "mnasnet.has_fast_depthwise = lambda dtype: False",
+    "torchvision's JPEG decoder": "main.jpeg_decoder = lambda: None",
 }
 
 
-def ways(flags, folder, output):
-    """name -> a function that runs it and gives images per second."""
-    def usual():
-        return common.images_per_second(common.run([
-            __file__, "--usual-loop", folder, "--device", flags.device, "-a", flags.arch, "-b", flags.batch_size,
-            "--size", flags.size, "--usual-workers", flags.usual_workers]))
+def program_without(optimisation, device):
+    """main.py without one optimisation, as arguments of the Python interpreter."""
+    code = (f"import sys; sys.path.insert(0, {str(common.ROOT)!r}); "
+            "import dataclasses, main, mnasnet; "
+            f"device = {device!r}; {WITHOUT[optimisation]}; sys.exit(main.main())")
+    return ["-c", code]
 
-    def ours(level, *more, images=(folder,), program=(common.ROOT / "main.py",)):
-        if flags.workers is not None:
-            more += ("--workers", flags.workers)
-        return common.images_per_second(common.run(program + images + (
-            "--device", flags.device, "-a", flags.arch, "-b", flags.batch_size, "--epochs", 1, "--lr", 0.01,
-            "--wd", 1e-5, "--train-crop-size", flags.size, "--opt-level", level, "--output-dir", output) + more))
 
-    table = {"usual": usual}
+class Trainer:
+    """Runs main.py for one short epoch; every method returns images per second."""
+
+    def __init__(self, flags, folder, output):
+        self.flags = flags
+        self.folder = folder
+        self.output = output
+
+    def run(self, program, level, images):
+        workers = [] if self.flags.workers is None else ["--workers", self.flags.workers]
+        return common.images_per_second(common.run_python([
+            *program, *images, *common.shared_options(self.flags), *workers, "--opt-level", level,
+            "--epochs", 1, "--lr", 0.01, "--wd", 1e-5, "--train-crop-size", self.flags.size,
+            "--output-dir", self.output]))
+
+    def from_files(self, repository, level):
+        return self.run([repository / "main.py"], level, [self.folder])
+
+    def from_generated_images(self, level):
+        count = self.flags.steps * self.flags.batch_size
+        images = ["--synthetic", count, "--val-crop-size", 32, "--val-resize-size", 32]
+        return self.run([common.ROOT / "main.py"], level, images)
+
+    def without(self, optimisation, level):
+        program = program_without(optimisation, self.flags.device)
+        return self.run(program, level, [self.folder])
+
+
+def optimisation_rows(flags, trainer):
+    """The rows of --optimisations, and the row that each is divided by (see common.comparison)."""
+    rows, references = {}, {}
     for level in flags.levels.split(","):
-        table["main.py " + level] = functools.partial(ours, level)
-        if not flags.levers:
-            continue
-        table["main.py {}, no files".format(level)] = functools.partial(
-            ours, level, "--val-crop-size", 32, "--val-resize-size", 32,
-            images=("--synthetic", flags.steps * flags.batch_size))
-        for lever, change in WITHOUT.items():
-            code = "import sys; sys.path.insert(0, {!r}); {}; sys.exit(main.main())".format(str(common.ROOT), change)
-            table["{} without {}".format(level, lever)] = functools.partial(ours, level, program=("-c", code))
-    return table
+        new = {f"{level}, generated images":
+               functools.partial(trainer.from_generated_images, level)}
+        for optimisation in WITHOUT:
+            name = f"{level} without {optimisation}"
+            new[name] = functools.partial(trainer.without, optimisation, level)
+        rows.update(new)
+        references.update(dict.fromkeys(new, f"main.py {level}"))
+    return rows, references
 
 
-def account(level, whole, alone):
-    """Says what of the time of a loop from files the step alone takes, and what is left for an image's reading."""
-    if whole and alone:
-        whole, alone = statistics.median(whole), statistics.median(alone)
-        left = common.cores() * 1000 * (1 / whole - 1 / alone)
-        print("{}: {:.0f} % of the time is the step's; the rest is {:.1f} ms of a core for an image".format(
-            level, 100 * whole / alone, left))
+def print_share_of_step(figures, level):
+    """Prints how much of the time the step alone takes, and what is left to read an image."""
+    from_files = figures.get(f"main.py {level}")
+    generated = figures.get(f"{level}, generated images")
+    if not from_files or not generated:
+        return
+    whole, step = statistics.median(from_files), statistics.median(generated)
+    rest = common.usable_cores() * 1000 * (1 / whole - 1 / step)
+    print(f"{level}: the training step takes {100 * whole / step:.0f} % of the time; the rest is "
+          f"{rest:.1f} ms of one core an image")
+
+
+def parse_args():
+    parser = common.make_parser(__doc__)
+    add = parser.add_argument
+    add("--images", type=int, default=200, metavar="N",
+        help="different images; they are repeated for the number of steps")
+    add("--steps", type=int, default=25, metavar="N", help="steps of each run")
+    add("--optimisations", action="store_true",
+        help="also run on generated images, and without each optimisation of main.py")
+    common.add_comparison_flags(parser, "side of a training crop")
+    return parser.parse_args()
 
 
 def main():
-    parser = common.parser_of(__doc__)
-    add = parser.add_argument
-    add("--images", type=int, default=200, metavar="N", help="different images; they come again and again")
-    add("--steps", type=int, default=25, metavar="N", help="steps of each run")
-    add("--levers", action="store_true", help="also run on generated images, and without each of main.py's levers")
-    common.add_comparison(parser, "side of a training crop")
-    flags = parser.parse_args()
-    if flags.usual_loop:
-        return usual_loop(flags)
-    print(common.machine(flags.device))
-    with tempfile.TemporaryDirectory(prefix="bench-") as place:
-        folder = pathlib.Path(place) / "images"
-        common.make_images(folder, flags.steps * flags.batch_size, common.CLASSES, flags.images)
-        print("whole loop: {}, {} px, batch {}, {} steps, {}".format(
-            flags.arch, flags.size, flags.batch_size, flags.steps, flags.device))
-        table = ways(flags, folder, pathlib.Path(place) / "output")
-        figures = common.interleave(table, flags.rounds)
-        expected = len(table)
-    common.print_table(figures, ["usual"])
+    flags = parse_args()
+    if flags.baseline_loop:
+        return baseline_loop(flags)
+    print(common.describe_machine(flags.device))
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        folder = pathlib.Path(scratch) / "images"
+        common.make_images(
+            folder, flags.steps * flags.batch_size, common.CLASSES, flags.images)
+        print(f"training from files: {flags.arch}, {flags.size} px, batch {flags.batch_size}, "
+              f"{flags.steps} steps, {flags.device}")
+        trainer = Trainer(flags, folder, pathlib.Path(scratch) / "output")
+
+        def baseline():
+            return common.images_per_second(common.run_baseline(__file__, flags, folder))
+
+        rows, references = common.comparison(flags, baseline, trainer.from_files)
+        columns = {flags.against or common.BASELINE: references}
+        if flags.optimisations:
+            more, columns["main.py"] = optimisation_rows(flags, trainer)
+            rows.update(more)
+        figures = common.interleave(rows, flags.rounds)
+    common.print_table(figures, columns)
     for level in flags.levels.split(","):
-        account(level, *(figures.get(name.format(level)) for name in ("main.py {}", "main.py {}, no files")))
-    return 0 if len(figures) == expected else 1
+        print_share_of_step(figures, level)
+    return 0 if len(figures) == len(rows) else 1
 
 
 if __name__ == "__main__":

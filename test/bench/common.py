@@ -1,6 +1,7 @@
-"""What the benchmarks share: images like ImageNet's, main.py run as a user would, the machine in words, a table."""
+"""What the benchmarks share: photograph-like images, runs of main.py, rounds, tables."""
 
 import argparse
+import functools
 import os
 import pathlib
 import re
@@ -11,22 +12,30 @@ import sys
 import numpy as np
 import PIL
 import torch
+import torchvision
 from PIL import Image, ImageDraw
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # for mnasnet and main
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, as the usual loops have them
-USUAL_WORKERS = 4  # -j of the usual trainers
-PHOTO_SIZE = (500, 375)  # ImageNet's most frequent one
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels
+STD = (0.229, 0.224, 0.225)
+PHOTOGRAPH_SIZE = (500, 375)  # ImageNet's most frequent one
+LARGE_SIZE = (2000, 1500)  # as of a camera: files that main.py decodes at a reduced size
 CLASSES = 10
+BASELINE = "baseline"  # the name of the baseline loop in the tables
 
 
-class Failed(Exception):
-    """A run that did not end well: the line that says why."""
+class RunFailed(Exception):
+    """A run that ended with an error; the text is the line that says why."""
 
 
-def parser_of(doc):
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def make_parser(doc):
     """An argument parser that shows a script's whole docstring and the defaults."""
 
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -35,167 +44,324 @@ def parser_of(doc):
     return argparse.ArgumentParser(description=doc, formatter_class=Help)
 
 
-def add_comparison(parser, size):
-    """The flags of a benchmark that compares main.py with a usual loop; ``size`` says what --size is the side of."""
+def default_device():
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def add_model_flags(parser, batch_help, size_help):
+    """The flags of every benchmark that runs the network."""
     add = parser.add_argument
-    add("--rounds", type=int, default=3, metavar="N", help="runs of each way")
-    add("-b", "--batch-size", type=int, default=64, metavar="N", help="images a step")
-    add("--size", type=int, default=224, metavar="PX", help=size)
+    add("--rounds", type=int, default=3, metavar="N", help="runs of each row of the table")
+    add("-b", "--batch-size", type=int, default=64, metavar="N", help=batch_help)
+    add("--size", type=int, default=224, metavar="PX", help=size_help)
     add("-a", "--arch", default="mnasnet1_0", help="network")
-    add("--device", choices=["cpu", "gpu"], default=best_device())
+    add("--device", choices=["cpu", "gpu"], default=default_device())
+
+
+def add_comparison_flags(parser, size_help):
+    """The flags of a benchmark that compares main.py with something else."""
+    add_model_flags(parser, "images a step", size_help)
+    add = parser.add_argument
     add("--levels", default="O0,O1", help="--opt-level of main.py, one or more")
-    add("--workers", type=int, metavar="N", help="main.py's --workers (default: its own)")
-    add("--usual-workers", type=int, default=USUAL_WORKERS, metavar="N", help="the usual loop's loaders")
-    add("--usual-loop", metavar="DIR", help="run only the usual loop, once, in this process, on the images there")
+    add("--workers", type=int, metavar="N", help="--workers of main.py (default: its own)")
+    add("--against", metavar="DIR", help="compare with main.py of another checkout of this "
+        "repository, not with the baseline loop")
+    add("--baseline-workers", type=int, default=4, metavar="N",
+        help="loader processes of the baseline loop")
+    add("--baseline-loop", metavar="DIR",
+        help="only run the baseline loop, once, in this process, on the images in DIR")
 
 
-def cores():
+# ------------------------------------------------------------------------------------------------
+# Images
+# ------------------------------------------------------------------------------------------------
+
+
+def draw_shapes(image, base, rng):
+    """Draws ellipses and rectangles of colours around ``base``."""
+    width, height = image.size
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.randint(8, 20)):
+        left, top = rng.randint(-60, width), rng.randint(-60, height)
+        corners = [left, top, left + rng.randint(20, 200), top + rng.randint(20, 200)]
+        shape = draw.ellipse if rng.rand() < 0.6 else draw.rectangle
+        colour = (base + rng.uniform(-90, 90, 3)).clip(0, 255)
+        shape(corners, fill=tuple(int(channel) for channel in colour))
+
+
+def noise(width, height, rng):
+    """Noise [height, width, 3] whose amplitude falls with the frequency, as in photographs; most
+    of it in the brightness."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    amplitude = 1 / np.maximum(frequency, 1 / 256)
+    fields = [
+        np.fft.irfft2(np.fft.rfft2(rng.randn(height, width)) * amplitude, (height, width))
+        for _ in range(2)
+    ]
+    brightness, colour = (field[..., None] / field.std() for field in fields)
+    strength = rng.uniform(15, 38)
+    grain = 5 * rng.randn(height, width)[..., None]
+    return strength * (brightness + np.array([0.3, -0.1, -0.3]) * colour) + grain
+
+
+def photograph(number, label, size=PHOTOGRAPH_SIZE):
+    """An image with what makes photographs costly to decode: shaded areas, edges, texture at every
+    scale. The same one for the same number; its label gives it a tint that can be learned."""
+    rng = np.random.RandomState([20260, number])
+    width, height = size if rng.rand() < 0.75 else size[::-1]
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    shade = rng.uniform(-50, 50, 3) * (x / width)[..., None]
+    shade = shade + rng.uniform(-50, 50, 3) * (y / height)[..., None]
+    angle = 2 * np.pi * label / CLASSES
+    base = 120 + 40 * np.cos(angle + np.array([0, 2.1, 4.2])) + rng.uniform(-8, 8, 3)
+    image = Image.fromarray((base + shade).clip(0, 255).astype(np.uint8))
+    draw_shapes(image, base, rng)
+    pixels = np.asarray(image) + noise(width, height, rng)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def make_split(folder, files, different, large=0, first=0):
+    """Writes JPEG files into class folders 0 to 9; the first ``different`` are photographs, and of
+    these the first ``large`` large; the others are hard links to them. Returns the sum of the file
+    sizes, links included."""
+    originals = []
+    size = 0
+    for label in range(CLASSES):
+        (folder / str(label)).mkdir(parents=True)
+    for number in range(files):
+        label = number % CLASSES
+        path = folder / str(label) / f"{number:06d}.jpg"
+        if number < different:
+            image_size = LARGE_SIZE if number < large else PHOTOGRAPH_SIZE
+            photograph(first + number, label, image_size).save(str(path), quality=90)
+            originals.append(path)
+        else:  # of the same label, since ``different`` is a multiple of CLASSES
+            os.link(str(originals[number % different]), str(path))
+        size += path.stat().st_size
+    return size
+
+
+def make_images(folder, train, val, different, large=0):
+    """Writes train/ and val/ with so many files each, of at most ``different`` photographs; in val/
+    the first ``large`` of these are large."""
+    different = max(CLASSES, different // CLASSES * CLASSES)
+    train, val = max(train, CLASSES), max(val, CLASSES)
+    size = make_split(folder / "train", train, different)
+    size += make_split(folder / "val", val, different, large, first=10 ** 6)
+    width, height = PHOTOGRAPH_SIZE
+    print(f"images: {train} for training, {val} for evaluation, at most {different} different in "
+          f"each; {width}x{height} JPEG, {size / (train + val) / 1000:.0f} KB on average")
+    if large:
+        width, height = LARGE_SIZE
+        print(f"images: {large} of the different ones for evaluation are {width}x{height}")
+    sys.stdout.flush()
+
+
+# ------------------------------------------------------------------------------------------------
+# The baseline loop
+# ------------------------------------------------------------------------------------------------
+
+
+def torch_device(flags):
+    return torch.device("cuda" if flags.device == "gpu" else "cpu")
+
+
+def build_network(arch):
+    """The network of torchvision, without what main.py does to it."""
+    import mnasnet
+
+    return getattr(mnasnet, arch)(num_classes=CLASSES)
+
+
+def baseline_transforms(size, train):
+    """The transforms of most ImageNet trainers; evaluation resizes to 8/7 of the crop first."""
+    from torchvision import transforms
+
+    if train:
+        crop = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    else:
+        crop = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]
+    return transforms.Compose(crop + [transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+
+def baseline_loader(flags, train):
+    """The DataLoader of most ImageNet trainers, over the images of --baseline-loop."""
+    from torchvision import datasets
+
+    folder = os.path.join(flags.baseline_loop, "train" if train else "val")
+    images = datasets.ImageFolder(folder, baseline_transforms(flags.size, train))
+    return torch.utils.data.DataLoader(
+        images, batch_size=flags.batch_size, shuffle=train, drop_last=train,
+        num_workers=flags.baseline_workers, pin_memory=flags.device == "gpu")
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+# ------------------------------------------------------------------------------------------------
+
+
+def run_python(arguments, cores=None, timeout=1800):
+    """Runs a Python program in a process of its own and returns what it printed.
+
+    Args:
+        arguments: of the interpreter, a script's path first.
+        cores: a set of core numbers that the process is confined to.
+        timeout: seconds until it is killed.
+
+    Raises:
+        RunFailed: it ended with an error or was killed.
+    """
+    command = [sys.executable] + [str(argument) for argument in arguments]
+    confine = functools.partial(os.sched_setaffinity, 0, cores) if cores else None
+    try:
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+            timeout=timeout, preexec_fn=confine)
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"did not end within {timeout} s")
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if "error" in line.lower()]
+        raise RunFailed((errors or lines or [f"status {result.returncode}, no message"])[-1])
+    return result.stdout
+
+
+def shared_options(flags):
+    """The options that main.py and the baseline loops have in common."""
+    return ["--device", flags.device, "-a", flags.arch, "-b", flags.batch_size]
+
+
+def run_baseline(script, flags, folder, *more):
+    """Runs the baseline loop of a benchmark in a process of its own; returns what it printed."""
+    return run_python([
+        script, "--baseline-loop", folder, "--baseline-workers", flags.baseline_workers,
+        "--size", flags.size, *shared_options(flags), *more])
+
+
+def images_per_second(output):
+    """From the line 'Result: ... images/sec X ...' of main.py and of the baseline loops."""
+    return float(re.findall(r"^Result:.* images/sec ([0-9.]+)", output, re.M)[-1])
+
+
+def topk_counts(output):
+    """(correct in the top 1, in the top 5, images) from the line ' * Acc@1 ...' of main.py."""
+    pattern = r"^ \* Acc@1 .*\((\d+) and (\d+) of (\d+) images\)"
+    return tuple(int(count) for count in re.findall(pattern, output, re.M)[-1])
+
+
+def comparison(flags, baseline, run_main):
+    """The rows of a comparison and what each is compared with.
+
+    Args:
+        baseline: a function that runs the baseline loop and returns images per second.
+        run_main: the same for main.py, called with its repository and the --opt-level.
+
+    Returns:
+        two dictionaries: row -> a function without arguments that returns images per second; row
+        -> the row that it is divided by.
+    """
+    rows, references = {}, {}
+    if not flags.against:
+        rows[BASELINE] = baseline
+    for level in flags.levels.split(","):
+        ours, reference = f"main.py {level}", BASELINE
+        if flags.against:
+            reference = f"{flags.against} {level}"
+            other = pathlib.Path(flags.against).resolve()
+            rows[reference] = functools.partial(run_main, other, level)
+        rows[ours] = functools.partial(run_main, ROOT, level)
+        references[ours] = reference
+    return rows, references
+
+
+def interleave(rows, rounds):
+    """Measures every row once a round: each row meets the same other load of the machine. Every
+    second round goes backwards, so that a steady drift favours none.
+
+    Args:
+        rows: name -> a function without arguments that returns a figure or raises RunFailed.
+
+    Returns:
+        name -> its figures, one a round; without the rows that failed.
+    """
+    figures = {name: [] for name in rows}
+    for number in range(rounds):
+        order = list(rows)[::-1] if number % 2 else list(rows)
+        for name in order:
+            if name not in figures:
+                continue
+            try:
+                figures[name].append(rows[name]())
+            except RunFailed as error:
+                print(f"{name} FAILED: {error}", flush=True)
+                del figures[name]
+                continue
+            print(f"round {number + 1} of {rounds}: {name:36} {figures[name][-1]:9.1f}", flush=True)
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------
+# Tables
+# ------------------------------------------------------------------------------------------------
+
+
+def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def cpu_name():
     """The processor's model name; 'unknown' where the system does not tell."""
     try:
-        with open("/proc/cpuinfo") as lines:
-            names = [line.split(":", 1)[1].strip() for line in lines if line.lower().startswith("model name")]
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.lower().startswith("model name"):
+                    return line.split(":", 1)[1].strip()
     except OSError:
-        names = []
-    return names[0] if names else "unknown"
+        pass
+    return "unknown"
 
 
-def machine(device="cpu"):
-    """One line: what the figures were measured on, and whether it had other work to do."""
-    import torchvision
-
-    told = ["{}, {} cores".format(cpu_name(), cores()), "torch {}".format(torch.__version__),
-            "torchvision {}".format(torchvision.__version__), "Pillow {}".format(PIL.__version__)]
+def describe_machine(device="cpu"):
+    """One line: processor, versions, and whether the machine is busy with something else."""
+    parts = []
     if device == "gpu":
-        told.insert(0, "{} x {}".format(torch.cuda.device_count(), torch.cuda.get_device_name(0)))
-    busy = os.getloadavg()[0]
-    told.append("load {:.1f}{}".format(busy, " BEFORE THE START: the machine is busy, and the figures are too low"
-                                       if busy > 0.5 else ""))
-    return "machine: " + ", ".join(told)
+        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
+    parts.append(f"{cpu_name()}, {usable_cores()} cores")
+    parts.append(f"torch {torch.__version__}, torchvision {torchvision.__version__}")
+    parts.append(f"Pillow {PIL.__version__}")
+    load = os.getloadavg()[0]
+    busy = " BEFORE THE START: the machine is busy, the figures are too low" if load > 0.5 else ""
+    parts.append(f"load {load:.1f}{busy}")
+    return f"machine: {', '.join(parts)}"
 
 
-def best_device():
-    return "gpu" if torch.cuda.is_available() else "cpu"
+def describe_ratio(values, references):
+    """'2.08 (2.01 to 2.11; 2.07)': of the ratios of each round the median, the lowest and the
+    highest, then the ratio of the medians."""
+    ratios = [value / reference for value, reference in zip(values, references)]
+    of_medians = statistics.median(values) / statistics.median(references)
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    return f"{statistics.median(ratios):.3f} ({spread}; {of_medians:.3f})"
 
 
-def photo(number, label):
-    """An image with what makes photographs costly to decode: shaded areas, edges, texture at every scale. The same one
-    every time. Its label gives it a tint, so that a classifier has something to learn."""
-    rng = np.random.RandomState([20260, number])
-    width, height = PHOTO_SIZE if rng.rand() < 0.75 else PHOTO_SIZE[::-1]
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    shade = rng.uniform(-50, 50, 3) * (x / width)[..., None] + rng.uniform(-50, 50, 3) * (y / height)[..., None]
-    angle = 2 * np.pi * label / CLASSES
-    base = 120 + 40 * np.cos(angle + np.array([0, 2.1, 4.2])) + rng.uniform(-8, 8, 3)
-    canvas = Image.fromarray((base + shade).clip(0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(canvas)
-    for _ in range(rng.randint(8, 20)):
-        left, top = rng.randint(-60, width), rng.randint(-60, height)
-        corners = [left, top, left + rng.randint(20, 200), top + rng.randint(20, 200)]
-        shape = draw.ellipse if rng.rand() < 0.6 else draw.rectangle
-        shape(corners, fill=tuple(int(c) for c in (base + rng.uniform(-90, 90, 3)).clip(0, 255)))
-    # Noise whose amplitude falls with the frequency, as in photographs; most of it in the brightness.
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    falling = 1 / np.maximum(frequency, 1 / 256)
-    texture = np.stack([np.fft.irfft2(np.fft.rfft2(rng.randn(height, width)) * falling, (height, width))
-                        for _ in range(2)])
-    texture /= texture.std(axis=(1, 2), keepdims=True)
-    strength = rng.uniform(15, 38)
-    colour = np.array([0.3, -0.1, -0.3]) * texture[1][..., None]
-    grain = 5 * rng.randn(height, width)
-    pixels = np.asarray(canvas) + strength * (texture[0][..., None] + colour) + grain[..., None]
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+def print_table(figures, columns, unit="images/s"):
+    """Prints a line a row: median, lowest and highest figure, and its ratios to other rows.
 
-
-def make_split(folder, files, photos, first=0):
-    """``files`` JPEGs in folders 0 to 9, of which ``photos`` differ and the others are links; the bytes they stand for."""
-    made, size = [], 0
-    for label in range(CLASSES):
-        (folder / str(label)).mkdir(parents=True)
-    for number in range(files):
-        label = number % CLASSES
-        path = folder / str(label) / "{:06d}.jpg".format(number)
-        if number < photos:
-            photo(first + number, label).save(str(path), quality=90)
-            made.append(path)
-        else:  # it has the same label: photos is a multiple of CLASSES
-            os.link(str(made[number % photos]), str(path))
-        size += path.stat().st_size
-    return size
-
-
-def make_images(folder, train, val, photos):
-    """train/ and val/ with that many files, of at most ``photos`` different images each. Says what it made."""
-    folder = pathlib.Path(str(folder))
-    photos = max(CLASSES, photos // CLASSES * CLASSES)
-    train, val = max(train, CLASSES), max(val, CLASSES)
-    size = make_split(folder / "train", train, photos) + make_split(folder / "val", val, photos, first=10 ** 6)
-    print("images: {} for training and {} for evaluation, at most {} different each; {}x{} JPEG, {:.0f} KB on "
-          "average".format(train, val, photos, PHOTO_SIZE[0], PHOTO_SIZE[1], size / (train + val) / 1000), flush=True)
-
-
-def run_main(*arguments, **options):
-    """main.py in a process of its own, what it printed; on ``cores``, a set of core numbers, where given.
-
-    Raises:
-        Failed: it ended with an error.
+    Args:
+        figures: name -> figures in ``unit``, one a round.
+        columns: heading -> {row: the row that it is divided by}; cells without both stay empty.
     """
-    return run([ROOT / "main.py"] + list(arguments), **options)
-
-
-def run(arguments, cores=None, timeout=1800):
-    """A Python script in a process of its own; see ``run_main``."""
-    limit = (lambda: os.sched_setaffinity(0, cores)) if cores else None
-    result = subprocess.run([sys.executable] + [str(a) for a in arguments], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout, preexec_fn=limit)
-    if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        raise Failed(([line for line in lines if "error" in line.lower()] or lines or ["no message"])[-1])
-    return result.stdout
-
-
-def images_per_second(output):
-    """From the line 'Result: ... images/sec X ...' of main.py and of the usual loops here."""
-    return float(re.findall(r"^Result:.* images/sec ([0-9.]+)", output, re.M)[-1])
-
-
-def counts(output):
-    """(right at the first guess, within five, of how many) from main.py's line after an evaluation."""
-    return tuple(int(n) for n in re.findall(r"^ \* Acc@1 .*\((\d+) and (\d+) of (\d+) images\)", output, re.M)[-1])
-
-
-def interleave(ways, rounds):
-    """Runs each of ``ways`` (a dictionary, name -> function that gives a figure) once a round, in turn, so that what
-    else the machine does hits all alike. A way that fails is named and left out.
-
-    Returns a dictionary, name -> its figures.
-    """
-    figures = {name: [] for name in ways}
-    for turn in range(rounds):
-        for name, measure in ways.items():
-            if figures[name] is None:
-                continue
-            try:
-                figures[name].append(measure())
-                print("round {} of {}: {:32} {:9.1f}".format(turn + 1, rounds, name, figures[name][-1]), flush=True)
-            except Failed as failed:
-                print("{} FAILED: {}".format(name, failed), flush=True)
-                figures[name] = None
-    return {name: values for name, values in figures.items() if values}
-
-
-def print_table(figures, against, unit="images/s"):
-    """A line a way: median, lowest and highest, and the ratio of its median to each of ``against``."""
-    against = [name for name in against if name in figures]
-    medians = {name: statistics.median(values) for name, values in figures.items()}
     width = max(map(len, figures), default=0)
-    print("\n{:{}}  {:>10} {:>19}{}".format("", width, unit, "lowest to highest", "".join(
-        "   x " + name for name in against)))
+    headings = "".join(f"   {'ratio to ' + heading:32}" for heading in columns)
+    print(f"\n{'':{width}}  {unit:>10} {'lowest to highest':>19}{headings}".rstrip())
     for name, values in figures.items():
-        ratios = "".join("   {:>{}.2f}".format(medians[name] / medians[other], len(other) + 2) for other in against)
-        print("{:{}}  {:10.1f} {:>19}{}".format(
-            name, width, medians[name], "{:.1f} to {:.1f}".format(min(values), max(values)), ratios))
+        cells = []
+        for references in columns.values():
+            reference = figures.get(references.get(name))
+            cells.append(f"   {describe_ratio(values, reference) if reference else '':32}")
+        spread = f"{min(values):.1f} to {max(values):.1f}"
+        print(f"{name:{width}}  {statistics.median(values):10.1f} {spread:>19}{''.join(cells)}"
+              .rstrip())
+    if any(columns.values()):
+        print("Ratios: median over the rounds (smallest to largest; ratio of the medians).")
     sys.stdout.flush()

@@ -1,6 +1,7 @@
-"""The network: torchvision's names, shapes and initial weights, and files of version 1."""
+"""The networks: torchvision's names, shapes and weights, version 1 files, CPU optimizations."""
 
 import hashlib
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,24 +10,25 @@ import mnasnet
 
 try:
     from torchvision.models import mnasnet as published
-except ImportError:  # torchvision 0.2.2, that of torch 1.5
+except ImportError:
     published = None
+needs_published = pytest.mark.skipif(
+    published is None, reason="torchvision 0.2.2, that of torch 1.5, has no MNASNet")
 
-PARAMETERS = {"mnasnet0_5": 2218512, "mnasnet0_75": 3170208, "mnasnet1_0": 4383312, "mnasnet1_3": 6282256}
-# Of torchvision 0.29's networks for 10 classes after manual_seed(1): the first digits of the sha256 of its names and
-# shapes, and the sum of all its numbers' magnitudes.
-SEEDED = {"mnasnet0_5": ("52427610742a4373", 88084.34854583415), "mnasnet0_75": ("d3af57417e64509d", 148712.64702644426),
-          "mnasnet1_0": ("2089b2fd5a9d7a4b", 212523.28533517863), "mnasnet1_3": ("e3bff70f7009a924", 303749.67704123625)}
+PARAMETERS = {"mnasnet0_5": 2218512, "mnasnet0_75": 3170208,
+              "mnasnet1_0": 4383312, "mnasnet1_3": 6282256}
+# Of torchvision 0.29's networks for 10 classes after manual_seed(1): the start of the sha256 of the
+# names and shapes, and the sum of the magnitudes of all numbers.
+SEEDED = {"mnasnet0_5": ("52427610742a4373", 88084.34854583415),
+          "mnasnet0_75": ("d3af57417e64509d", 148712.64702644426),
+          "mnasnet1_0": ("2089b2fd5a9d7a4b", 212523.28533517863),
+          "mnasnet1_3": ("e3bff70f7009a924", 303749.67704123625)}
 VERSION_1 = {0.5: 2220824, 0.75: 3170656, 1.3: 6279432}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 def count(model):
-    return sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize("arch", sorted(PARAMETERS))
-def test_parameters(arch):
-    assert count(getattr(mnasnet, arch)()) == PARAMETERS[arch]
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def seeded(models, arch):
@@ -35,15 +37,18 @@ def seeded(models, arch):
 
 
 @pytest.mark.parametrize("arch", sorted(PARAMETERS))
-def test_names_shapes_and_seeded_weights(arch):
+def test_parameters_shapes_and_seeded_weights(arch):
+    assert count(getattr(mnasnet, arch)()) == PARAMETERS[arch]
     state = seeded(mnasnet, arch).state_dict()
     shapes = repr([(name, tuple(tensor.shape)) for name, tensor in state.items()])
     assert hashlib.sha256(shapes.encode()).hexdigest().startswith(SEEDED[arch][0])
     # torch 1.5's generator rounds the last bit of some numbers otherwise
-    assert sum(t.double().abs().sum().item() for t in state.values()) == pytest.approx(SEEDED[arch][1], rel=1e-10)
+    total = sum(tensor.double().abs().sum().item() for tensor in state.values())
+    assert total == pytest.approx(SEEDED[arch][1], rel=1e-10)
 
 
-@pytest.mark.parametrize("arch", sorted(PARAMETERS) if published else [])
+@needs_published
+@pytest.mark.parametrize("arch", sorted(PARAMETERS))
 def test_same_as_torchvision(arch):
     ours, theirs = seeded(mnasnet, arch), seeded(published, arch)
     expected, state = theirs.state_dict(), ours.state_dict()
@@ -54,20 +59,129 @@ def test_same_as_torchvision(arch):
         assert torch.equal(ours(images), theirs(images))
 
 
+def version_1_state(alpha):
+    """A state dict of version 1: its stem, and what its first block reads, do not scale."""
+    state = mnasnet.MNASNet(alpha).state_dict()
+    unscaled = mnasnet.MNASNet(1.0).state_dict()
+    for name in state:
+        stem = name.startswith("layers.") and int(name.split(".")[1]) < 8
+        expansion = name.startswith("layers.8.0.layers.") and int(name.split(".")[4]) < 6
+        if stem or expansion:
+            state[name] = unscaled[name]
+    channels = len(state["layers.8.0.layers.6.weight"])
+    state["layers.8.0.layers.6.weight"] = torch.randn(channels, 48, 1, 1)
+    state._metadata[""]["version"] = 1
+    return state
+
+
+@pytest.mark.parametrize("versioned", [True, False], ids=["versioned", "plain dictionary"])
 @pytest.mark.parametrize("alpha", sorted(VERSION_1))
-def test_version_1_loads(alpha):
-    old = mnasnet.MNASNet(alpha, num_classes=1000)
-    old._take_version_1_stem()
-    assert count(old) == VERSION_1[alpha]
-    new = mnasnet.MNASNet(alpha, num_classes=1000)
+def test_version_1_loads(alpha, versioned):
+    state = version_1_state(alpha)
+    model = mnasnet.MNASNet(alpha)
     with pytest.warns(UserWarning, match="version 1"):
-        new.load_state_dict(old.state_dict())
-    assert count(new) == VERSION_1[alpha] and new.state_dict()._metadata[""]["version"] == 1
-    images = torch.randn(1, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(new.eval()(images), old.eval()(images))
+        model.load_state_dict(state if versioned else OrderedDict(state.items()))
+    loaded = model.state_dict()
+    assert count(model) == VERSION_1[alpha] and loaded._metadata[""]["version"] == 1
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+@needs_published
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("alpha", sorted(VERSION_1))
+def test_version_1_computes_what_torchvision_does(alpha):
+    state, images, found = version_1_state(alpha), torch.randn(1, 3, 32, 32), []
+    for models in (mnasnet, published):
+        model = models.MNASNet(alpha)
+        model.load_state_dict(state)
+        with torch.no_grad():
+            found.append(model.eval()(images))
+    assert torch.equal(*found)
 
 
 def test_alpha_is_checked():
     with pytest.raises(ValueError, match="above 0"):
         mnasnet.MNASNet(0)
+
+
+def close(found, expected, tolerance):
+    return (found.double() - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def give_statistics(model):
+    """Running statistics as after some training."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+        elif name.endswith("running_mean"):
+            buffer.normal_(std=0.1)
+
+
+def test_a_model_optimized_for_the_cpu_computes_what_float64_does():
+    torch.manual_seed(0)
+    exact = mnasnet.mnasnet0_5(num_classes=10).eval()
+    give_statistics(exact)
+    fast = mnasnet.mnasnet0_5(num_classes=10).eval()
+    fast.load_state_dict(exact.state_dict())
+    mnasnet.optimize_for_cpu(fast, torch.float32)
+    images = torch.randn(2, 3, 48, 48)
+    expected, found = exact.double()(images.double()), fast(images)
+    assert close(found, expected, 1e-4)
+    (expected ** 2).sum().backward()
+    (found ** 2).sum().backward()
+    for (name, ours), theirs in zip(fast.named_parameters(), exact.parameters()):
+        assert close(ours.grad, theirs.grad, 1e-3), name
+
+
+@DTYPES
+@pytest.mark.parametrize("kernel,stride,side", [
+    (3, 1, 8), (3, 2, 8), (3, 2, 7), (5, 1, 7), (5, 2, 8), (5, 2, 5), (5, 2, 1)])
+def test_a_depthwise_convolution_has_the_gradients_of_float64(kernel, stride, side, dtype):
+    fast = mnasnet.has_fast_depthwise(dtype)
+    if dtype == torch.bfloat16 and not fast:
+        pytest.skip("this torch, or this processor, has no fast gradients in bfloat16")
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(32, 32, kernel, stride, kernel // 2, groups=32, bias=False).to(dtype)
+    layout = torch.channels_last if fast else torch.contiguous_format
+    images = torch.randn(2, 32, side, side).to(dtype).contiguous(memory_format=layout)
+    images.requires_grad_()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (images, conv.weight)]
+    expected = torch.nn.functional.conv2d(
+        *exact, stride=stride, padding=kernel // 2, groups=32)
+    mnasnet.optimize_for_cpu(torch.nn.Sequential(conv), dtype)
+    found = conv(images)
+    grad_output = torch.randn(found.shape).to(dtype)
+    found.backward(grad_output)
+    expected.backward(grad_output.double())
+    pairs = [(found, expected), (images.grad, exact[0].grad), (conv.weight.grad, exact[1].grad)]
+    for ours, theirs in pairs:
+        assert ours.dtype == dtype and close(ours, theirs, 1e-4 if dtype == torch.float32 else 0.02)
+
+
+@DTYPES
+@pytest.mark.parametrize("expanded", [False, True], ids=["a gradient each", "one gradient for all"])
+def test_relu_of_an_optimized_model(dtype, expanded):
+    if dtype == torch.bfloat16 and mnasnet.TORCH < (1, 10):
+        pytest.skip("this torch has no ReLU in bfloat16 on the CPU")
+    model = torch.nn.Sequential(torch.nn.ReLU(inplace=True))
+    mnasnet.optimize_for_cpu(model, dtype)
+    numbers = [-2.0, -0.0, 0.0, 3.0, float("nan"), float("inf")]
+    images = torch.tensor(numbers, dtype=dtype, requires_grad=True)
+    found = model(images * 1)
+    assert found[:4].tolist() == [0, 0, 0, 3] and found[5] == float("inf")
+    assert torch.isnan(found[4])
+    gradient = torch.tensor([5.0] if expanded else [5.0, 6, 7, 8, 9, 10], dtype=dtype).expand(6)
+    of_images, = torch.autograd.grad(found, images, gradient)
+    assert of_images[:4].tolist() == [0, 0, 0, gradient[3]] and of_images[5] == gradient[5]
+
+
+def test_folded_batchnorm_changes_nothing_but_rounding():
+    torch.manual_seed(0)
+    model = mnasnet.mnasnet0_5(num_classes=10).eval()
+    give_statistics(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, found = model(images), mnasnet.fold_batchnorm(model)(images)
+    assert close(found, expected.double(), 1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

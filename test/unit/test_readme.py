@@ -1,98 +1,93 @@
-"""What the README says of main.py, and what the repository must not hold."""
+"""What the README says of main.py, and the addresses that the repository names."""
 
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 
 import pytest
-import torch
 
 import main
-from conftest import ROOT, SMALL, free_port, run_main
+from helpers import ROOT, SMALL, TINY, TORCH, finish, free_port, own_files, start
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FLAG = r"(?<![\w-])--?[a-zA-Z][\w-]*"
+
+
+def flags_of_help(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        main.parse_args(["--help"])
+    names = re.findall(r"^ {2}(-.*?)(?: {2}|$)", capsys.readouterr().out, re.M)
+    return {flag for name in names for flag in re.findall(FLAG, name)} - {"-h", "--help"}
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_the_table_has_every_flag(name, monkeypatch):
-    found = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", "\n".join(
-        line.split("|")[1] for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
-        if line.startswith("| `-"))))
-    seen = []
-    add = main.argparse._ActionsContainer.add_argument
-    monkeypatch.setattr(main.argparse._ActionsContainer, "add_argument",
-                        lambda self, *names, **options: seen.extend(names) or add(self, *names, **options))
-    main.parse_args(["somewhere"])
-    assert {n for n in seen if n.startswith("-")} - {"-h", "--help"} <= found
+def test_the_tables_have_every_flag_and_no_other(name, monkeypatch, capsys):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    cells = [line.split("|")[1] for line in lines if line.startswith("| `-")]
+    found = {flag for cell in cells for flag in re.findall(FLAG, cell)}
+    assert found == flags_of_help(monkeypatch, capsys)
 
 
 def test_every_public_address_is_listed():
     statement = (ROOT / "public_address_statement.md").read_text(encoding="utf-8")
-    names = ["main.py", "mnasnet.py", "README.md", "README.zh-CN.md", "LICENSE"] + [
-        str(p.relative_to(ROOT)) for p in (ROOT / "test").glob("*.*") if p.is_file()]
-    for name in names:
-        for address in re.findall(r"https?://[\w./-]+\w", (ROOT / name).read_text(encoding="utf-8")):
-            assert address in statement, "{} in {}".format(address, name)
+    for path in own_files():
+        if "unit" not in path.parts:
+            for address in re.findall(r"https?://[\w./-]+\w", path.read_text(encoding="utf-8")):
+                assert address in statement, f"{address} in {path}"
 
 
 def commands():
-    """The commands of the README that train or evaluate."""
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    """The README's commands that train, evaluate or use a tool."""
+    blocks = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
     return [line for block in blocks for line in block.splitlines()
-            if re.match(r"bash test/train_|python main.py|torchrun", line)]
+            if re.match(r"bash test/train_|python main.py|torchrun|python tools/", line)]
 
 
 @pytest.fixture(scope="module")
-def place(images, tmp_path_factory):
-    """A clone with a trained model beside it."""
-    folder = tmp_path_factory.mktemp("a place")
-    assert run_main(images, "--epochs", 1, cwd=folder).returncode == 0
-    shutil.copy(str(ROOT / "main.py"), str(folder))
-    shutil.copy(str(ROOT / "mnasnet.py"), str(folder))
-    shutil.copytree(str(ROOT / "test"), str(folder / "test"),
-                    ignore=shutil.ignore_patterns("output", "quickstart", "unit", "data"))
+def folder(clone, trained, tmp_path_factory):
+    """A clone with a trained model in it."""
+    folder = tmp_path_factory.mktemp("as in the README") / "clone"
+    shutil.copytree(str(clone), str(folder), ignore=shutil.ignore_patterns("output"))
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        shutil.copy(str(trained[0] / name), str(folder))
     return folder
 
 
-def made_small(command, images):
-    """The words of a command as they are but for the data, the interpreter, and what makes the run small."""
-    words = [str(images) if w == "/data/imagenet" else w.replace("=/data/imagenet", "={}".format(images))
-             for w in shlex.split(command)]
-    eight = "8p" in command or "--device-list" in command
+def for_this_machine(command, images):
+    """The command's words, but for the data, the interpreter, and what makes the run small."""
+    command = command.replace("/data/imagenet", shlex.quote(str(images))).replace("5120", "32")
+    words = shlex.split(command)
     if words[0] == "bash":
-        after = words[words.index("--") + 1:] if "--" in words else []
-        words = words[:words.index("--")] if "--" in words else words
-        words += ["--device=cpu", "--batch_size=32", "--python=" + sys.executable]
-        words += ["--epochs=1", "--lr=0.001"] if "eval" not in command else []
-        own = [w for w in SMALL if w not in ("--device", "cpu")]
-        for flag in ("-b", "--lr"):
-            del own[own.index(flag):own.index(flag) + 2]
-        return words + ["--"] + after + own
-    words = [w if w != "5120" else "32" for w in words]
-    launcher = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
-    words = ["2" if w == "8" else w for w in words]  # torchrun's number of processes
-    return launcher + words[1:] + SMALL + ["--epochs", "1", "--lr", "0.001", "-b", "32" if eight else "8"]
+        own, main_flags = words, []
+        if "--" in words:
+            own, main_flags = words[:words.index("--")], words[words.index("--") + 1:]
+        training = [] if "eval" in command else ["--epochs=1", "--lr=0.001"]
+        own += ["--device=cpu", "--batch_size=32", "--workers=1", f"--python={sys.executable}"]
+        return own + training + ["--"] + main_flags + TINY
+    if words[1].startswith("tools/"):
+        return [sys.executable] + words[1:]
+    small = SMALL + ["--epochs", "1", "--lr", "0.001", "-b", "32"]
+    if words[0] == "torchrun":
+        words = [word if word != "8" else "2" for word in words]
+        return [sys.executable, "-m", "torch.distributed.run"] + words[1:] + small
+    return [sys.executable] + words[1:] + small
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
-def test_the_commands_run(command, images, place):
-    if command.startswith("torchrun") and not hasattr(torch, "autocast"):
-        assert subprocess.call([sys.executable, "-m", "torch.distributed.run", "--help"], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL) != 0  # the README asks for torch 2.x there
-        return
-    words = made_small(command, images)
-    if "O2" in words and not hasattr(torch, "autocast"):
-        words[words.index("O2")] = "O0"
-    environment = dict(main.os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    lines = [words]
+def test_the_commands_run(command, images, folder):
+    if command.startswith("torchrun") and TORCH < (1, 9):
+        pytest.skip("torchrun came with torch 1.9")
+    if "--opt-level O" in command and TORCH < (1, 10):
+        pytest.skip("low precision on the CPU came with torch 1.10")
+    words = for_this_machine(command, images)
+    lines, environment = [words], {}
     if "--local_rank" in words:
-        at = words.index("--local_rank") + 1
-        lines = [words[:at] + [str(rank)] + words[at + 1:] for rank in range(8)]
-    if words[0] == "bash" or "--local_rank" not in words:
-        del environment["MASTER_ADDR"], environment["MASTER_PORT"]
-    runs = [subprocess.Popen(line, cwd=str(place), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             universal_newlines=True) for line in lines]
-    out = [run.communicate(timeout=300)[0] for run in runs]
-    assert {run.returncode for run in runs} == {0}, out
-    assert "Acc@1" in out[0] and ("Final Performance" in out[0]) == (words[0] == "bash")
+        value = words.index("--local_rank") + 1
+        lines = [words[:value] + [str(rank)] + words[value + 1:] for rank in range(8)]
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    outputs = finish([start(line, folder, **environment) for line in lines])
+    expected = {"bash": "Final Performance", "tools/check_data.py": "0 bad image(s)"}
+    assert expected.get(words[0], expected.get(words[1], "Result: Acc@1")) in outputs[0], outputs

@@ -1,5 +1,6 @@
 """The launch scripts, as a user runs them."""
 
+import os
 import re
 import shutil
 import signal
@@ -10,123 +11,152 @@ import pytest
 import torch
 
 import mnasnet
-from conftest import ROOT
+from helpers import ROOT, TINY, finish, read_checkpoint, read_until, start
 
-SCRIPTS = ["train_full_1p.sh", "train_full_8p.sh", "train_performance_1p.sh", "train_performance_8p.sh",
-           "train_eval_8p.sh"]
-TINY = ["-a", "mnasnet0_5", "--train-crop-size", "32", "--val-resize-size", "32", "--val-crop-size", "32",
-        "--print-freq", "1"]
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    """The repository in a folder with a space in its name."""
-    folder = tmp_path_factory.mktemp("a clone") / "of it"
-    folder.mkdir()
-    for name in ("main.py", "mnasnet.py"):
-        shutil.copy(str(ROOT / name), str(folder))
-    (folder / "test").mkdir()
-    for path in (ROOT / "test").glob("*.sh"):
-        shutil.copy(str(path), str(folder / "test"))
-    return folder
+SCRIPTS = ["train_full_1p.sh", "train_full_8p.sh", "train_performance_1p.sh",
+           "train_performance_8p.sh", "train_eval_8p.sh"]
+slow = pytest.mark.slow
+TRAINING = ["--device=cpu", "--workers=1", "--batch_size=8", "--lr=0.01"]
 
 
-def script(clone, name, *arguments, cwd):
-    return subprocess.run(["bash", str(clone / "test" / name), "--python=" + sys.executable] + [str(a) for a in arguments],
-                          cwd=str(cwd), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-                          timeout=300, stdin=subprocess.DEVNULL)
+def script_command(clone, name, *arguments):
+    return ["bash", str(clone / "test" / name), f"--python={sys.executable}"] + list(arguments)
 
 
-def test_train_and_evaluate(clone, images, tmp_path):
-    common = ["--data_path={}".format(images), "--device=cpu", "--workers=1"]
-    result = script(clone, "train_full_1p.sh", *common, "--epochs=2", "--batch_size=8", "--lr=0.01", "--", *TINY,
-                    cwd=tmp_path)
+def run_script(clone, name, *arguments, cwd, **environment):
+    """Runs a script to its end: a CompletedProcess with stdout and stderr as text."""
+    return subprocess.run(
+        script_command(clone, name, *arguments), cwd=str(cwd), env=dict(os.environ, **environment),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        universal_newlines=True, timeout=600)
+
+
+def test_train_full_1p(clone, images, tmp_path):
+    result = run_script(clone, "train_full_1p.sh", f"--data_path={images}", *TRAINING, "--epochs=2",
+                        "--", *TINY, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    final = result.stdout[result.stdout.index("--- Final result ---"):]
-    assert re.search(r"Final Performance images/sec : [\d.]+\nFinal Train Accuracy : [\d.]+\n"
-                     r"E2E Training Duration sec : \d+\n$", final)
+    assert re.search(r"--- Final result -+\nFinal Performance images/sec : [\d.]+\n"
+                     r"Final Train Accuracy : [\d.]+\nE2E Training Duration sec : \d+\n$",
+                     result.stdout)
     output = clone / "test" / "output" / "0"
-    log = dict(line.split(" = ") for line in
-               (output / "MnasNet_for_PyTorch_bs8_1p_acc.log").read_text().splitlines())
-    assert log["RankSize"] == "1" and float(log["TrainingTime"]) == pytest.approx(8000 / float(log["ActualFPS"]), abs=.01)
-    assert len((output / "train_MnasNet_for_PyTorch_bs8_1p_acc_loss.txt").read_text().split()) == 8
+    lines = (output / "MnasNet_for_PyTorch_bs8_1p_acc.log").read_text().splitlines()
+    log = dict(line.split(" = ") for line in lines)
+    assert log["RankSize"] == "1"
+    step_time = 8000 / float(log["ActualFPS"])
+    assert float(log["TrainingTime"]) == pytest.approx(step_time, abs=0.01)
+    losses = (output / "train_MnasNet_for_PyTorch_bs8_1p_acc_loss.txt").read_text().split()
+    assert len([float(loss) for loss in losses]) == 8
 
-    result = script(clone, "train_eval_8p.sh", *common, "--batch_size=8", "--", *TINY, cwd=tmp_path)
+
+@slow
+def test_train_performance_8p_with_two_cards(clone, images, tmp_path):
+    result = run_script(clone, "train_performance_8p.sh", f"--data_path={images}", *TRAINING,
+                        "--epochs=1", "--device_list=0,1", "--device_id=3", "--", *TINY,
+                        cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "8 processes met" in result.stdout and "of 31 images" in result.stdout
+    output = clone / "test" / "output" / "3"
+    assert (output / "MnasNet_for_PyTorch_bs8_2p_perf.log").exists()
 
 
-def test_two_cards(clone, images, tmp_path):
-    result = script(clone, "train_performance_8p.sh", "--data_path={}".format(images), "--device=cpu", "--epochs=1",
-                    "--device_list=0,1", "--batch_size=8", "--lr=0.01", "--workers=1", "--device_id=3", "--", *TINY,
-                    cwd=tmp_path)
+@slow
+def test_train_eval_8p(clone, images, trained, tmp_path):
+    """It evaluates ./checkpoint.pth.tar unless told otherwise."""
+    shutil.copy(str(trained[0] / "checkpoint.pth.tar"), str(tmp_path))
+    result = run_script(clone, "train_eval_8p.sh", f"--data_path={images}", "--device=cpu",
+                        "--workers=1", "--batch_size=8", "--", *TINY, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert (clone / "test" / "output" / "3" / "MnasNet_for_PyTorch_bs8_2p_perf.log").exists()
+    assert "=> 8 processes, rendezvous at" in result.stdout
+    assert "of 31 images" in result.stdout and "Final Train Accuracy" in result.stdout
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_mistakes(clone, images, tmp_path, name):
-    for arguments, words in [([], "--data_path"), (["--data_path=nowhere"], "nowhere"), (["--what"], "unknown argument"),
-                             (["--data_path={}".format(images), "--batch_size=x"], "--batch_size")]:
-        result = script(clone, name, *arguments, cwd=tmp_path)
-        assert result.returncode != 0 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
-        assert "Final" not in result.stdout
+@pytest.mark.parametrize("arguments,words", [
+    ([], "--data_path"), (["--data_path=nowhere"], "nowhere"), (["--what"], "unknown argument"),
+    (["--data_path=.", "--batch_size=x"], "--batch_size")])
+def test_mistakes_that_a_script_finds(clone, tmp_path, arguments, words):
+    result = run_script(clone, SCRIPTS[0], *arguments, cwd=tmp_path)
+    assert result.returncode != 0 and "Final" not in result.stdout
+    assert words in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_mistakes_that_the_trainer_finds(clone, images, tmp_path, name):
-    for broken, words in [("no train", "no folder"), ("no val", "no folder"), ("empty class", "holds no image"),
-                          ("other classes", "only in one of them"), ("no device", "is not there"),
-                          ("another arch", "does not fit"), ("bad flag", "--lr")]:
-        data, main_args, arguments = tmp_path / broken, list(TINY), ["--device=cpu"]
-        shutil.copytree(str(images), str(data))
-        torch.save(mnasnet.mnasnet1_3(num_classes=4).state_dict(), str(tmp_path / "other.pth"))
-        arguments.append("--resume=other.pth")
-        if broken.startswith("no t") or broken.startswith("no v"):
-            shutil.rmtree(str(data / broken.split()[1]))
-        elif broken == "empty class":
-            shutil.rmtree(str(data / "val" / "class 1"))
-            (data / "val" / "class 1").mkdir()
-        elif broken == "other classes":
-            (data / "val" / "class 1").rename(data / "val" / "class 9")
-        elif broken == "no device":
-            arguments[0] = "--device=npu"
-        elif broken == "bad flag":
-            main_args += ["--lr", "fast"]
-        result = script(clone, name, "--data_path={}".format(data), *arguments, "--batch_size=8", "--device_id=7",
-                        *(["--device_list=0,1"] if "8p" in name else []), "--", *main_args, cwd=tmp_path)
-        errors = {line for line in result.stderr.splitlines() if line.startswith("main.py: error:")}
-        assert result.returncode != 0 and len(errors) == 1 and words in errors.pop(), result.stdout + result.stderr
-        assert "Final" not in result.stdout and "Traceback" not in result.stderr
-        shutil.rmtree(str(data))
+def check_trainer_error(result, words):
+    """A script whose trainer failed says why, and reports no figures."""
+    errors = {line for line in result.stderr.splitlines() if line.startswith("main.py: error:")}
+    assert result.returncode != 0 and len(errors) == 1, result.stdout + result.stderr
+    assert words in errors.pop() and "Traceback" not in result.stderr, result.stderr
+    assert "Final" not in result.stdout
 
 
-def test_a_failed_training_is_reported(clone, images, tmp_path):
-    shutil.copytree(str(images / "train"), str(tmp_path / "data" / "train"))
-    result = script(clone, "train_full_1p.sh", "--data_path=data", "--device=cpu", cwd=tmp_path)
-    assert result.returncode == 1 and "Final" not in result.stdout and "no folder" in result.stderr
+def make_no_train_folder(folder, data):
+    shutil.rmtree(str(data / "train"))
 
 
-@pytest.mark.slow
-def test_a_stopped_script_saves_and_goes_on(clone, images, tmp_path):
-    command = ["bash", str(clone / "test" / "train_full_1p.sh"), "--python=" + sys.executable, "--device=cpu",
-               "--data_path={}".format(images), "--epochs=3", "--batch_size=8", "--lr=0.01", "--workers=1",
-               "--device_id=5", "--resume=auto", "--"] + TINY
-    process = subprocess.Popen(command, cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               universal_newlines=True)
-    for line in process.stdout:
-        if line.startswith("Epoch: [1]"):
-            break
-    process.send_signal(signal.SIGTERM)
-    process.stdout.read()
-    assert process.wait() == 143
-    done = subprocess.run(command, cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          universal_newlines=True)
-    assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout + done.stderr
+def make_no_val_folder(folder, data):
+    shutil.rmtree(str(data / "val"))
+
+
+def make_an_empty_class(folder, data):
+    for path in (data / "val" / "class 1").iterdir():
+        path.unlink()
+
+
+def make_other_classes(folder, data):
+    (data / "val" / "class 1").rename(data / "val" / "class 9")
+
+
+def make_another_arch(folder, data):
+    model = mnasnet.mnasnet1_3(num_classes=4)
+    torch.save(model.state_dict(), str(folder / "other.pth"))
+
+
+@pytest.mark.parametrize("spoil,script_argument,main_arguments,words", [
+    (make_no_train_folder, "--device=cpu", [], "no folder"),
+    (None, "--device=cpu", ["--lr", "fast"], "--lr"),
+    pytest.param(make_no_val_folder, "--device=cpu", [], "no folder", marks=slow),
+    pytest.param(make_an_empty_class, "--device=cpu", [], "holds no image", marks=slow),
+    pytest.param(make_other_classes, "--device=cpu", [], "only in one of them", marks=slow),
+    pytest.param(make_another_arch, "--resume=other.pth", [], "does not fit", marks=slow),
+    pytest.param(None, "--device=npu", [], "--device npu is not available", marks=slow)])
+def test_mistakes_that_the_trainer_finds(clone, images, tmp_path, spoil, script_argument,
+                                         main_arguments, words):
+    data = tmp_path / "data"
+    shutil.copytree(str(images), str(data))
+    if spoil:
+        spoil(tmp_path, data)
+    result = run_script(clone, SCRIPTS[0], f"--data_path={data}", *TRAINING, script_argument,
+                        "--device_id=7", "--", *TINY, *main_arguments, cwd=tmp_path)
+    check_trainer_error(result, words)
+
+
+@slow
+@pytest.mark.parametrize("name", SCRIPTS[1:])
+def test_the_other_scripts_report_mistakes_too(clone, tmp_path, name):
+    result = run_script(clone, name, cwd=tmp_path)
+    assert result.returncode == 2 and "no --data_path=DIR given" in result.stderr
+    (tmp_path / "checkpoint.pth.tar").write_bytes(b"")  # which the evaluation would take
+    ranks = ["--device_list=0,1"] if "8p" in name else []
+    result = run_script(clone, name, "--data_path=.", "--device=cpu", "--device_id=7", *ranks,
+                        cwd=tmp_path)
+    check_trainer_error(result, "no folder")
+
+
+@slow
+def test_a_stopped_script_saves_and_resumes(clone, images, tmp_path):
+    def command(epochs):
+        return script_command(clone, "train_full_1p.sh", f"--data_path={images}", *TRAINING,
+                              f"--epochs={epochs}", "--device_id=5", "--resume=auto", "--", *TINY)
+
+    run = start(command(epochs=10000), tmp_path)  # so that it can't end before the signal
+    read_until(run, r"^Epoch: \[1\]")
+    run.send_signal(signal.SIGTERM)
+    out = run.communicate(timeout=300)[0]
+    assert run.returncode == 143, out
+    epoch = read_checkpoint(tmp_path)["epoch"]
+    out = finish([start(command(epochs=epoch + 1), tmp_path)])[0]
+    assert f"resumed from ./checkpoint.pth.tar: epoch {epoch}" in out
 
 
 def test_shellcheck():
-    if shutil.which("shellcheck"):
-        scripts = [str(p) for p in (ROOT / "test").glob("*.sh")] + [str(ROOT / ".ci" / "run")]
-        subprocess.run(["shellcheck", "-x"] + scripts, cwd=str(ROOT), check=True)
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    scripts = [str(path) for path in (ROOT / "test").glob("*.sh")] + [str(ROOT / ".ci" / "run")]
+    subprocess.run(["shellcheck", "-x"] + scripts, cwd=str(ROOT), check=True)

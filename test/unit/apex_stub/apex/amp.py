@@ -1,11 +1,13 @@
 """apex.amp's names, signatures, rules and state format, on any device, in fp32.
 
-What it keeps of apex: ``initialize`` comes once, before DistributedDataParallel, with an optimiser over the model's own
-fp32 parameters; every loss goes through ``scale_loss``, which unscales the gradients, skips the step after an overflow
-and moves the scale; under O2 the model's weights (BatchNorm's excepted) have float16's precision, and the optimiser
-steps fp32 copies that are made of them at the first use. What it leaves out are the casts.
+What it keeps of apex: ``initialize`` comes once, before DistributedDataParallel, with an optimizer
+over the model's own fp32 parameters; every loss goes through ``scale_loss``, which unscales the
+gradients, skips the step after an overflow and moves the scale; under O2 the model's weights
+(BatchNorm's excepted) have float16's precision, and the optimizer steps fp32 copies that are made
+of them at the first use. What it leaves out are the casts.
 
-``calls`` is what was called, in order; with APEX_STUB_LOG it is also written to that file, a line of JSON each.
+``calls`` lists what was called, in order; with APEX_STUB_LOG each call is also written to that
+file, as a line of JSON.
 """
 
 import contextlib
@@ -30,7 +32,8 @@ def _record(name, **what):
 
 class _Scaler:
     def __init__(self, scale, low, high):
-        self.dynamic, self.low, self.high = scale == "dynamic", low or 0.0, high
+        self.dynamic = scale == "dynamic"
+        self.low, self.high = low or 0.0, high
         self.scale = min(high, 2.0 ** 16) if self.dynamic else float(scale)
         self.unskipped = 0
 
@@ -42,20 +45,23 @@ class _Scaler:
             self.scale, self.unskipped = min(self.high, self.scale * 2), 0
 
 
-def initialize(models, optimizers=None, enabled=True, opt_level="O1", cast_model_type=None, patch_torch_functions=None,
-               keep_batchnorm_fp32=None, master_weights=None, loss_scale=None, cast_model_outputs=None, num_losses=1,
-               verbosity=1, min_loss_scale=None, max_loss_scale=2. ** 24):
+def initialize(models, optimizers=None, enabled=True, opt_level="O1", cast_model_type=None,
+               patch_torch_functions=None, keep_batchnorm_fp32=None, master_weights=None,
+               loss_scale=None, cast_model_outputs=None, num_losses=1, verbosity=1,
+               min_loss_scale=None, max_loss_scale=2. ** 24):
     if _scalers:
         raise RuntimeError("amp.initialize was called before")
     if isinstance(models, torch.nn.parallel.DistributedDataParallel):
-        raise RuntimeError("amp.initialize takes a model before it is wrapped in DistributedDataParallel")
+        raise RuntimeError("amp.initialize takes a model before DistributedDataParallel wraps it")
     parameters = list(models.parameters())
     if {p.dtype for p in parameters} != {torch.float32}:
         raise RuntimeError("amp.initialize takes fp32 parameters")
-    if [id(p) for group in optimizers.param_groups for p in group["params"]] != [id(p) for p in parameters]:
-        raise RuntimeError("the optimiser's parameters are not the model's")
-    _scalers.extend(_Scaler(loss_scale or "dynamic", min_loss_scale, max_loss_scale) for _ in range(num_losses))
-    _record("initialize", opt_level=opt_level, loss_scale=loss_scale, device=str(parameters[0].device))
+    if [id(p) for p in master_params(optimizers)] != [id(p) for p in parameters]:
+        raise RuntimeError("the optimizer's parameters are not the model's")
+    for _ in range(num_losses):
+        _scalers.append(_Scaler(loss_scale or "dynamic", min_loss_scale, max_loss_scale))
+    device = str(parameters[0].device)
+    _record("initialize", opt_level=opt_level, loss_scale=loss_scale, device=device)
     _patch(optimizers, _round(models) if opt_level == "O2" else [])
     return models, optimizers
 
@@ -66,15 +72,16 @@ def _half(tensor):
 
 def _round(model):
     """Gives weights float16's precision, and returns them."""
-    rounded = [p for module in model.modules() if not isinstance(module, torch.nn.BatchNorm2d)
-               for p in module.parameters(recurse=False)]
+    rounded = [parameter for module in model.modules()
+               if not isinstance(module, torch.nn.BatchNorm2d)
+               for parameter in module.parameters(recurse=False)]
     for parameter in rounded:
         parameter.data.copy_(_half(parameter.data))
     return rounded
 
 
 def _patch(optimizer, rounded):
-    """Puts fp32 copies of the ``rounded`` weights into the optimiser: at its first zero_grad or scaled loss."""
+    """Puts fp32 copies of the ``rounded`` weights into the optimizer, at its first use."""
     rounded = {id(p) for p in rounded}
     optimizer._amp_pairs = None
 
@@ -83,13 +90,15 @@ def _patch(optimizer, rounded):
             return
         self._amp_pairs = []
         for group in self.param_groups:
-            for place, parameter in enumerate(group["params"]):
+            for position, parameter in enumerate(group["params"]):
                 if id(parameter) in rounded:
                     master = parameter.detach().clone().requires_grad_()
-                    group["params"][place] = master
-                    if parameter in self.state:  # what apex's cast of the state to the weight's type leaves of it
-                        self.state[master] = {name: _half(value) if torch.is_tensor(value) else value
-                                              for name, value in self.state.pop(parameter).items()}
+                    group["params"][position] = master
+                    if parameter in self.state:
+                        # What apex's cast of the state to the weight's type leaves of it.
+                        self.state[master] = {
+                            name: _half(value) if torch.is_tensor(value) else value
+                            for name, value in self.state.pop(parameter).items()}
                     self._amp_pairs.append((parameter, master))
 
     step = optimizer.step
@@ -108,7 +117,8 @@ def _patch(optimizer, rounded):
         for stepped in master_params(self):
             parameter = pairs.get(id(stepped), stepped)
             if parameter.grad is not None:
-                parameter.grad.detach_()  # as apex does, which DDP's views of its buckets don't allow
+                # As apex does, which DDP's views of its buckets don't allow.
+                parameter.grad.detach_()
                 parameter.grad.zero_()
 
     optimizer._amp_lazy_init = types.MethodType(lazy_init, optimizer)
@@ -117,7 +127,8 @@ def _patch(optimizer, rounded):
 
 
 @contextlib.contextmanager
-def scale_loss(loss, optimizers, loss_id=0, model=None, delay_unscale=False, delay_overflow_check=False):
+def scale_loss(loss, optimizers, loss_id=0, model=None, delay_unscale=False,
+               delay_overflow_check=False):
     if not _scalers:
         raise RuntimeError("amp.scale_loss before amp.initialize")
     scaler = _scalers[loss_id]
@@ -149,13 +160,15 @@ def master_params(optimizer):
 def state_dict(destination=None):
     destination = OrderedDict() if destination is None else destination
     for number, scaler in enumerate(_scalers):
-        destination["loss_scaler{}".format(number)] = {"loss_scale": scaler.scale, "unskipped": scaler.unskipped}
+        state = {"loss_scale": scaler.scale, "unskipped": scaler.unskipped}
+        destination[f"loss_scaler{number}"] = state
     return destination
 
 
 def load_state_dict(state_dict):
     for scaler, name in zip(_scalers, state_dict):
-        if set(state_dict[name]) != {"loss_scale", "unskipped"} or not name.startswith("loss_scaler"):
-            raise RuntimeError("{}: {} is not amp's state".format(name, state_dict[name]))
-        scaler.scale, scaler.unskipped = state_dict[name]["loss_scale"], state_dict[name]["unskipped"]
+        state = state_dict[name]
+        if set(state) != {"loss_scale", "unskipped"} or not name.startswith("loss_scaler"):
+            raise RuntimeError(f"{name}: {state} is not amp's state")
+        scaler.scale, scaler.unskipped = state["loss_scale"], state["unskipped"]
     _record("load_state_dict", **state_dict)

@@ -1,0 +1,213 @@
+"""What several tests use: runs of main.py, small image folders, comparisons of checkpoints."""
+
+import csv
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+UNIT = pathlib.Path(__file__).resolve().parent
+ROOT = UNIT.parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import main
+from main import TORCH
+
+# main.py's flags that make a run small; what a test adds comes after them and wins.
+TINY = ["-a", "mnasnet0_5", "--train-crop-size", "32", "--val-resize-size", "32",
+        "--val-crop-size", "32", "--print-freq", "1"]
+SMALL = ["--device", "cpu", "-b", "8", "--lr", "0.01", "--workers", "1"] + TINY
+# Keeps the losses of a network that has seen few and small images finite.
+STEADY = ["--lr", "0.001", "--bn-momentum", "0.9"]
+CLOCKS = ("fps", "seconds", "data_wait")  # what differs between two runs that are otherwise equal
+
+needs_bf16 = pytest.mark.skipif(
+    TORCH < (1, 10), reason="O1 and O2 on the CPU need torch.autocast, which came with torch 1.10")
+
+
+def own_files():
+    """The repository's Python and shell files, and its documents."""
+    patterns = ("*.py", "*.sh", "*.md", "LICENSE", ".ci/run", "tools/*.py", "test/*.*",
+                "test/bench/*.*", "test/unit/**/*.py")
+    return sorted({path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()})
+
+
+def several(processes):
+    """The flags of a run with so many processes on this machine."""
+    return ["--multiprocessing-distributed", "--device-list", ",".join(map(str, range(processes)))]
+
+
+def parse(*arguments):
+    """The flags of a command line that is small and has a data folder, which need not exist."""
+    return main.parse_args(SMALL + ["somewhere"] + [str(word) for word in arguments])
+
+
+def cpu_runtime(rank=0, world_size=1):
+    cpu = torch.device("cpu")
+    return main.Runtime(main.BACKENDS["cpu"], cpu, rank=rank, world_size=world_size)
+
+
+def main_command(*arguments, small=True, python=sys.executable):
+    """main.py's command line; with ``small`` the arguments follow SMALL."""
+    words = (SMALL if small else []) + list(arguments)
+    return [str(python), str(ROOT / "main.py")] + [str(word) for word in words]
+
+
+def run_main(*arguments, cwd, small=True, timeout=300, **environment):
+    """Runs main.py to its end: a CompletedProcess with stdout and stderr as text."""
+    return subprocess.run(
+        main_command(*arguments, small=small), cwd=str(cwd), env=dict(os.environ, **environment),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout)
+
+
+def start(command, cwd, **environment):
+    """A command in the background: a Popen with stdout and stderr together as text."""
+    return subprocess.Popen(
+        command, cwd=str(cwd), env=dict(os.environ, **environment), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+
+
+def start_main(*arguments, cwd, small=True, python=sys.executable, **environment):
+    """main.py in the background (see ``start``)."""
+    return start(main_command(*arguments, small=small, python=python), cwd, **environment)
+
+
+def finish(processes, timeout=300):
+    """Waits for processes of ``start``, which must all end with status 0; their outputs."""
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def read_until(process, pattern):
+    """The lines of a process of ``start`` up to the first that matches."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(pattern, line):
+            return lines
+    raise AssertionError(f"no line matched {pattern!r}:\n{''.join(lines)}")
+
+
+def torchrun(processes, restarts=0):
+    """The start of a command line under torch's own launcher, up to and including main.py."""
+    has_run = TORCH >= (1, 9)  # before, there was only torch.distributed.launch, without restarts
+    command = [sys.executable, "-m", f"torch.distributed.{'run' if has_run else 'launch'}",
+               "--nproc_per_node", str(processes), "--master_port", str(free_port())]
+    if has_run:
+        command += ["--max_restarts", str(restarts)]
+    return command + [str(ROOT / "main.py")]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def the_error(result, status=1):
+    """The one line on stderr of a run that had to fail."""
+    lines = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert result.returncode == status, result.stderr + result.stdout
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    return lines[0]
+
+
+def losses(result):
+    """The loss of each logged step of a run that had to succeed."""
+    assert result.returncode == 0, result.stdout + result.stderr
+    return [float(loss) for loss in re.findall(r"^Epoch:.*?Loss +(\S+)", result.stdout, re.M)]
+
+
+def final_loss(result):
+    """The last loss, of an evaluation its own, of a run that had to succeed."""
+    assert result.returncode == 0, result.stdout + result.stderr
+    return float(re.search(r"^Result: .* loss (\S+)$", result.stdout, re.M).group(1))
+
+
+def counts(result):
+    """(correct at the first guess, within five, images) of the last evaluation, as text."""
+    assert result.returncode == 0, result.stdout + result.stderr
+    return re.findall(r"\* Acc@1 .*\((\d+) and (\d+) of (\d+) images\)", result.stdout)[-1]
+
+
+def read_checkpoint(folder, name="checkpoint.pth.tar"):
+    return main.read_checkpoint(str(folder / name))
+
+
+def make_images(folder, train=20, val=4, classes=4):
+    """A small image folder: ``train`` and ``val`` images a class."""
+    data = np.load(str(ROOT / "test" / "data" / "fashion_mnist_2500.npz"))
+    for split, count in (("train", train), ("val", val)):
+        images, labels = data[f"{split}_images"], data[f"{split}_labels"]
+        for label in range(classes):
+            class_folder = folder / split / f"class {label}"
+            class_folder.mkdir(parents=True)
+            for index in np.flatnonzero(labels == label)[:count]:
+                Image.fromarray(images[index]).save(str(class_folder / f"{index}.jpg"), quality=95)
+
+
+def differences(one, other, name="checkpoint"):
+    """The names of what differs between two checkpoints, but for what a clock measured."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = [] if one.keys() == other.keys() else [f"{name}: other keys"]
+        return found + [text for key in one if key not in CLOCKS and key in other
+                        for text in differences(one[key], other[key], f"{name}.{key}")]
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        found = [] if len(one) == len(other) else [f"{name}: other length"]
+        return found + [text for index, pair in enumerate(zip(one, other))
+                        for text in differences(*pair, name=f"{name}[{index}]")]
+    if torch.is_tensor(one) and torch.is_tensor(other):
+        return [] if torch.equal(one, other) else [name]
+    both_nan = one != one and other != other
+    return [] if one == other or both_nan else [name]
+
+
+def folders_differ(one, other):
+    """What differs between the results of two runs."""
+    found = []
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        found += differences(read_checkpoint(one, name), read_checkpoint(other, name), name)
+    return found + differences(read_metrics(one), read_metrics(other), "metrics.csv")
+
+
+def read_metrics(folder):
+    """The rows of metrics.csv."""
+    with (folder / "metrics.csv").open() as file:
+        return [dict(row) for row in csv.DictReader(file)]
+
+
+def processes_of(folder):
+    """The ids of the processes that run in a folder; threads and zombies left out."""
+    found = []
+    for entry in pathlib.Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.readlink(str(entry / "cwd")) == str(folder):
+                found.append(int(entry.name))
+        except OSError:
+            pass
+    return found
+
+
+def command_line(pid):
+    """The words of a process's command line, each with a NUL after it; '' once it has ended."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def parent(pid):
+    """The id of a process's parent; 0 once it has ended."""
+    try:
+        return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0

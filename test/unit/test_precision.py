@@ -1,0 +1,61 @@
+"""O0, O1 and O2 through torch's own autocast and gradient scaler."""
+
+import pytest
+import torch
+
+import main
+from helpers import TORCH, cpu_runtime, losses, needs_bf16, parse, read_checkpoint, the_error
+
+LEVELS = pytest.mark.parametrize("level", ["O1", "O2"])
+CPU = cpu_runtime()
+
+
+@needs_bf16
+@LEVELS
+def test_low_precision_trains_and_saves_fp32(images, run_here, tmp_path, level):
+    result = run_here(images, "--epochs", 1, "--opt-level", level)
+    assert len(losses(result)) == 4 and f"{level} (bfloat16)" in result.stdout
+    dtypes = {tensor.dtype for tensor in read_checkpoint(tmp_path)["state_dict"].values()}
+    assert dtypes == {torch.float32, torch.int64}
+
+
+@pytest.mark.skipif(TORCH >= (1, 10), reason="this torch has autocast for the CPU")
+@LEVELS
+def test_low_precision_is_refused_where_torch_lacks_it(images, run_here, level):
+    assert "--opt-level O0" in the_error(run_here(images, "--opt-level", level))
+
+
+def test_a_first_step_that_overflows_changes_nothing():
+    weight = torch.nn.Parameter(torch.ones(4, 64))
+    flags = parse("--lr", "1")
+    optimizer = main.build_optimizer(flags, CPU, main.Precision(flags, CPU), [weight])
+    if not optimizer.param_groups[0].get("fused"):
+        pytest.skip("this torch has no fused SGD for the CPU: the scaler leaves out the step")
+    _, make_scaler = main.find_native_amp(CPU.backend, torch.float32)
+    scaler = make_scaler(init_scale=2.0)
+    memory = [torch.full_like(weight, float("nan")) for _ in range(20)]
+    del memory  # what the allocator hands out next
+    first_step = 1 - 1.9 * (0.5 + 1e-4)  # Nesterov's, with weight decay
+    for gradient, expected in ((float("inf"), 1.0), (0.5, first_step)):
+        scaler.scale((weight * gradient).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.allclose(weight, torch.full_like(weight, expected))
+
+
+@needs_bf16
+def test_master_weights_keep_the_memory_of_their_gradients():
+    """Ascend's fused SGD keeps reading the memory where the first gradients lay."""
+    flags = parse("--opt-level", "O2")
+    precision = main.Precision(flags, CPU)
+    model = main.build_model(flags, CPU, 4, precision.conv_dtype)
+    optimizer = torch.optim.SGD(precision.prepare(model), 0.1)
+    clear, addresses = optimizer.zero_grad, []
+    optimizer.zero_grad = lambda: clear(set_to_none=False)
+    for _ in range(2):
+        loss = model(torch.randn(2, 3, 32, 32).bfloat16()).float().square().mean()
+        precision.backward_and_step(loss, model, optimizer)
+        parameters = main.optimizer_parameters(optimizer)
+        addresses.append([parameter.grad.data_ptr() for parameter in parameters])
+    assert addresses[0] == addresses[1]

@@ -1,0 +1,38 @@
+"""The scripts of tools/, as a user runs them."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT, the_error
+
+
+def check_data(*arguments):
+    command = [sys.executable, str(ROOT / "tools" / "check_data.py")] + [str(a) for a in arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=300,
+                          universal_newlines=True)
+
+
+def test_check_data_lists_the_images_that_can_not_be_read(images, tmp_path):
+    shutil.copytree(str(images), str(tmp_path / "data"))
+    bad = [tmp_path / "data" / split / "class 1" / "0 bad.jpg" for split in ("train", "val")]
+    for path in bad:
+        path.write_bytes(b"<html>")
+    result = check_data(tmp_path / "data", "-j", 2)
+    *lines, last = result.stdout.splitlines()
+    assert result.returncode == 1 and last == "2 bad image(s)", result.stderr
+    assert [line.split("\t")[0] for line in lines] == [f"bad: {path}" for path in bad]
+    assert all(line.split("\t")[1] for line in lines)
+
+
+@pytest.mark.parametrize("workers", [[], ["-j", 0]], ids=["default", "none"])
+def test_check_data_of_good_images(images, workers):
+    result = check_data(images, *workers)
+    assert result.returncode == 0 and result.stdout == "0 bad image(s)\n", result.stderr
+
+
+def test_check_data_says_what_is_wrong(tmp_path):
+    assert "no folder" in the_error(check_data(tmp_path))
+    assert check_data().returncode == 2 and check_data("d", "--what").returncode == 2

@@ -1,0 +1,109 @@
+"""The schedule, the loss, and what a training run does, prints and leaves."""
+
+import importlib.util
+import json
+import re
+
+import pytest
+import torch
+
+import main
+import mnasnet
+from helpers import (TORCH, losses, parse, read_checkpoint, read_metrics, run_main, several,
+                     the_error)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    flags = parse("--lr", "1", "--epochs", "10", "--warmup", "2")
+    rates = [main.learning_rate(flags, tenths / 10) for tenths in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[20] == pytest.approx(1)
+    assert rates[60] == pytest.approx(0.5) and rates[100] == pytest.approx(0)
+    assert rates[:21] == sorted(rates[:21])
+
+
+def test_smoothed_cross_entropy_is_the_cross_entropy_against_smoothed_targets():
+    logits, targets = torch.randn(5, 7), torch.tensor([0, 1, 2, 6, 3])
+    smoothed = torch.full((5, 7), 0.1 / 7)
+    smoothed[range(5), targets] += 0.9
+    expected = -(smoothed * torch.log_softmax(logits, 1)).sum(1).mean()
+    found = main.smoothed_cross_entropy(logits, targets, 0.1)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("classes,expected", [(10, (1, 2)), (4, (1, 3))])
+def test_topk_correct_counts_the_first_and_the_first_five(classes, expected):
+    logits = torch.arange(float(classes)).expand(4, classes)  # the last class is the first guess
+    targets = torch.tensor([classes - 1, classes - 3, 0, -1])
+    assert tuple(count.item() for count in main.topk_correct(logits, targets)) == expected
+
+
+def test_what_a_run_leaves(trained):
+    folder, result = trained
+    names = ["checkpoint-1.pth.tar", "checkpoint.pth.tar", "metrics.csv", "model_best.pth.tar"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    rows, checkpoint = read_metrics(folder), read_checkpoint(folder)
+    assert [row["epoch"] for row in rows] == ["0", "1"] and tuple(rows[0]) == main.COLUMNS
+    assert checkpoint["best_acc1"] == max(row["acc1"] for row in checkpoint["history"])
+    assert re.search(r"^Result: Acc@1 \S+ Acc@5 \S+ images/sec \S+ loss \S+$", result.stdout, re.M)
+
+
+def test_the_log_can_be_read_as_the_reference_reads_it(trained):
+    lines = trained[1].stdout.splitlines()
+    fps = [line for line in lines if "FPS" in line][-1].split()[-2]
+    accuracy = [line for line in lines if "* Acc@1" in line][-1].split("Acc@1")[1].split()[0]
+    loss = [float(line.split("Loss")[1].split()[0]) for line in lines if "Epoch:" in line]
+    assert float(fps) > 0 and 0 <= float(accuracy) <= 100 and len(loss) == 8
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(images, tmp_path):
+    arguments = [images, "--epochs", 1, "--seed", 2, "--freeze-bn", "--dropout", 0]
+    for extra in ([], several(2)):
+        losses(run_main(*arguments, *extra, cwd=tmp_path))
+    # The log shows the first process's half of each batch, metrics.csv the mean over both.
+    names = ("checkpoint-1.pth.tar", "checkpoint.pth.tar")
+    one, two = [read_checkpoint(tmp_path, name)["history"][0]["train_loss"] for name in names]
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_generated_images_on_all_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert len(losses(run_main("--synthetic", 32, "--epochs", 1, cwd=tmp_path))) == 4
+
+
+@pytest.mark.slow  # torch 1.8 takes a minute over its table
+def test_profiling(images, run_here, tmp_path):
+    result = run_here(images, "--run-prof", "-b", 4)
+    assert result.returncode == 0 and "conv" in result.stdout and "Self CPU" in result.stdout
+    assert json.loads((tmp_path / "trace.json").read_text())
+    assert "lower --batch-size" in the_error(run_here(images, "--run-prof"))
+
+
+has_tensorboard = importlib.util.find_spec("tensorboard") is not None
+
+
+@pytest.mark.skipif(not has_tensorboard, reason="tensorboard is not installed")
+def test_tensorboard(images, run_here, tmp_path):
+    losses(run_here(images, "--epochs", 1, "--tensorboard", "events"))
+    assert list((tmp_path / "events").iterdir())
+
+
+@pytest.mark.skipif(has_tensorboard, reason="tensorboard is installed")
+def test_tensorboard_is_refused_where_it_is_not_installed(images, run_here):
+    error = the_error(run_here(images, "--epochs", 1, "--tensorboard", "events"))
+    assert "pip install tensorboard" in error
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(TORCH < (2, 0), reason="torch.compile came with torch 2.0")
+def test_compile(images, tmp_path):
+    losses(run_main(images, "--epochs", 1, "--seed", 1, "--compile", cwd=tmp_path))
+    names = list(mnasnet.mnasnet0_5(num_classes=4).state_dict())
+    assert list(read_checkpoint(tmp_path)["state_dict"]) == names
+    resumed = run_main(images, "--epochs", 2, "--seed", 1, "--resume", "auto", cwd=tmp_path)
+    assert len(losses(resumed)) == 4  # without --compile
+
+
+@pytest.mark.skipif(TORCH >= (2, 0), reason="this torch has torch.compile")
+def test_compile_is_refused_where_torch_lacks_it(images, run_here):
+    assert "--compile needs torch 2.0 or later" in the_error(run_here(images, "--compile"))

@@ -1,0 +1,60 @@
+"""Reads every image of a data folder once and lists those that can't be read.
+
+    python tools/check_data.py DIR [-j N]
+
+It prints ``bad: PATH<tab>REASON`` for each on stdout, and the progress on stderr. It ends with
+status 0; with 1 if there is such an image or the folder is incomplete, with 2 for an invalid
+command line.
+"""
+
+import argparse
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
+
+import torch
+
+import main as trainer
+
+
+def check(name, images, flags):
+    """Reads all images of a split, names the bad ones, and returns how many there are."""
+    runtime = trainer.Runtime(trainer.BACKENDS["cpu"], torch.device("cpu"))
+    workers = trainer.cores_per_process() if flags.workers is None else flags.workers
+    loader = trainer.make_loader(images, flags, runtime, batch_size=64, workers=workers)
+    done = bad = 0
+    begin = time.monotonic()
+    for batch, (_, labels, unreadable) in enumerate(loader):
+        done += len(labels)
+        bad += len(unreadable)
+        for index, reason in unreadable:
+            print(f"bad: {ascii(images.path(index))[1:-1]}\t{reason}")
+        if batch % 100 == 0 or done == len(images):
+            rate = done / (time.monotonic() - begin)
+            print(f"{name}: {done} of {len(images)} images, {rate:.0f} per second",
+                  file=sys.stderr, flush=True)
+    return bad
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", help="folder with train/ and val/, each with one folder per class")
+    parser.add_argument("-j", "--workers", type=trainer.number(int, 0),
+                        help="loader processes (default: one per core)")
+    arguments = parser.parse_args()
+    flags = trainer.parse_args([arguments.data])
+    flags.workers = arguments.workers
+    try:
+        train, val = trainer.open_images(flags)
+        bad = check("train", train, flags) + check("val", val, flags)
+    except trainer.UserError as error:
+        trainer.print_error(error)
+        return 1
+    print(f"{bad} bad image(s)")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
