@@ -11,7 +11,8 @@ import torch
 import main
 import mnasnet
 from helpers import (STEADY, cpu_runtime, differences, final_loss, folders_differ, losses,
-                     needs_bf16, parse, read_checkpoint, read_until, run_main, several, start_main, the_error)
+                     needs_bf16, parse, read_checkpoint, read_until, run_main, several, start_main,
+                     the_error)
 
 
 class Code:
@@ -119,6 +120,13 @@ def test_a_run_stopped_between_its_last_step_and_the_evaluation_resumes(images, 
     assert losses(result) == []  # no step was left
     assert "resumed from ./checkpoint.pth.tar: epoch 1, 32 images into it" in result.stdout
     assert folders_differ(folder, tmp_path) == []
+
+
+def test_a_finished_run_resumes_to_its_metrics_and_result(images, trained, run_here, tmp_path):
+    arguments = [images, "--epochs", 2, "--resume", trained[0] / "checkpoint.pth.tar"]
+    result = run_here(*arguments)
+    assert losses(result) == [] and final_loss(result) == final_loss(trained[1])
+    assert (tmp_path / "metrics.csv").read_text() == (trained[0] / "metrics.csv").read_text()
 
 
 def test_a_reference_checkpoint_resumes(images, trained, run_here, tmp_path):

@@ -93,7 +93,7 @@ def test_one_of_eight_is_killed(images, tmp_path, moment):
 
 @pytest.mark.slow
 def test_a_stuck_rank_is_named(images, tmp_path):
-    run = start_main(images, *ENDLESS, "--dist-timeout", 20, *several(2), cwd=tmp_path)
+    run = start_main(images, *ENDLESS, "--dist-timeout", 15, *several(2), cwd=tmp_path)
     read_until(run, r"^Epoch: \[0\]\[1/")
     os.kill(rank_of(run, tmp_path, 1), signal.SIGSTOP)
     out = run.communicate(timeout=300)[0]

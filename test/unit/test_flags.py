@@ -8,7 +8,7 @@ from helpers import the_error
 
 @pytest.mark.parametrize("arguments,words", [
     ([], "no data folder"), (["d", "--epochs", "none"], "whole number"),
-    (["d", "-b", "0"], "expected 1 to"), (["d", "--lr", "nan"], "expected 0"),
+    (["d", "-b", "0"], "expected 1 or more"), (["d", "--lr", "nan"], "expected 0"),
     (["d", "--device", "tpu"], "npu"), (["d", "--device-list", "0,0"], "different card numbers"),
     (["d", "-e"], "--resume"), (["d", "--weights", "w.pth"], "--pretrained"),
     (["d", "--val-crop-size", "300"], "--val-resize-size"),
