@@ -407,16 +407,18 @@ def forward_signal(children, signum):
             child.send_signal(signum)
 
 def wait_children(children, first_rank):
-    """Returns the status of the first child that fails, or 0; the others then have 60 s to end."""
+    """Returns the status of the first child that fails, or 0. The others then have 10 s to end, or
+    60 s if a signal ended it after saving."""
     status, deadline, codes = 0, math.inf, [None]
     while None in codes and time.monotonic() < deadline:
         time.sleep(0.05)
         codes = [child.poll() for child in children]
         rank = next((rank for rank, code in enumerate(codes) if code), None)
         if rank is not None and not status:
-            status, deadline = codes[rank], time.monotonic() + 60
-            if codes[rank] < 0:
-                status, name = 128 - codes[rank], signal.Signals(-codes[rank]).name
+            status = codes[rank]
+            deadline = time.monotonic() + (60 if status - 128 in SIGNALS else 10)
+            if status < 0:
+                status, name = 128 - status, signal.Signals(-status).name
                 print_error(f"rank {first_rank + rank} was killed by {name}; ending the others")
             forward_signal(children, signal.SIGTERM)
     return status
@@ -764,10 +766,8 @@ def find_apex(flags, backend):
     if flags.amp_backend == "native" or (backend.name == "cpu" and not asked_for):
         return None
     amp = None
-    with contextlib.suppress(ImportError, AttributeError):  # PyPI's apex is another package
+    with contextlib.suppress(ImportError):  # newer apex, and PyPI's other apex, have no amp
         from apex import amp
-
-        amp.initialize
     if asked_for and (amp is None or backend.name == "cpu"):
         reason = "no apex.amp is installed (NVIDIA removed it from apex in 2025)"
         raise UserError(f"--amp-backend apex: {reason if amp is None else 'apex needs a card'}. "
@@ -1637,6 +1637,7 @@ def main(argv=None):
         if flags.multiprocessing_distributed:
             flags.device_list = select_cards(flags, backend)
             if flags.local_rank is None:
+                open_images(flags)  # one message for a mistake, before starting the processes
                 return launch(flags, argv, backend)
         return main_worker(flags, backend, notes)
     except UserError as error:
