@@ -116,7 +116,9 @@ def parse_args(argv=None):
     """Returns the flags; ends the program with status 2 and one line where one is invalid."""
     count, real = functools.partial(number, int), functools.partial(number, float)
     fraction, tiny = number(float, 0, 1), sys.float_info.epsilon
-    parser = ArgumentParser(description="Trains MnasNet.", formatter_class=HelpFormatter)
+    parser = ArgumentParser(
+        description="Trains MnasNet.", formatter_class=HelpFormatter,
+        allow_abbrev=sys.version_info < (3, 8))  # Python 3.7 needs them for -b64
 
     add = parser.add_argument_group("data").add_argument
     add("data", nargs="?", help="folder with train/ and val/, each with one folder per class")
@@ -165,7 +167,7 @@ def parse_args(argv=None):
     add("--rank", type=count(-1), default=-1, help="rank of this node (-1: 0)")
     add("--dist-url", default="env://", help="tcp://HOST:PORT, file:///PATH or env://")
     add("--dist-backend", help="collectives (default: hccl, nccl or gloo, by device)")
-    add("--dist-timeout", type=real(1), default=600.0, help="seconds to wait for other ranks")
+    add("--dist-timeout", type=real(1, 1e6), default=600.0, help="seconds to wait for other ranks")
 
     add = parser.add_argument_group("checkpoints and logs").add_argument
     add("--output-dir", default=".", help="folder for checkpoints and metrics.csv")
@@ -531,7 +533,8 @@ class ImageFolder:
         if not os.path.isdir(root):
             raise UserError(f"no folder {root!r}: the data folder must hold train/ and val/, each "
                             "with one folder per class")
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        names = [entry.name for entry in os.scandir(root) if entry.is_dir()]
+        self.classes = sorted(name for name in names if not name.startswith("."))
         if not self.classes:
             raise UserError(f"{root!r} holds no folders: expected one folder of images per class")
         paths, labels = [], []
@@ -1202,9 +1205,6 @@ def write_metrics(run):
 
 def restore(run, checkpoint, path):
     """Continues from a checkpoint, as far as possible also from one of the reference."""
-    sampler, classes = run.train_loader.sampler, run.train_loader.dataset.images.classes
-    if checkpoint.get("classes", classes) != classes:
-        raise UserError(f"{path} was trained on other classes than the data has: give its data")
     try:
         if "optimizer" in checkpoint:
             load_optimizer_state(run.optimizer, checkpoint["optimizer"])
@@ -1214,7 +1214,7 @@ def restore(run, checkpoint, path):
         run.log(f"=> the loss scale of {path} is of another --amp-backend: it is re-initialised")
     for name in ("epoch", "images", "best_acc1", "history"):
         setattr(run, name, checkpoint.get(name, getattr(run, name)))
-    if run.images > sampler.count:
+    if run.images > run.train_loader.sampler.count:
         raise UserError(f"{path} is {run.images} images into an epoch, and the data has fewer: "
                         "give the data it was trained on")
     run.log(f"=> resumed from {path}: epoch {run.epoch}, {run.images} images into it")
@@ -1538,9 +1538,8 @@ def profile(run):
 
 def build_run(flags, runtime, group, notes, checkpoint, path):
     """Returns a run with its model, filled from what was asked for, and its loaders."""
-    seed = flags.seed
-    if seed is None:
-        seed = checkpoint.get("seed", random.SystemRandom().randrange(2 ** 31))
+    drawn = random.SystemRandom().randrange(2 ** 31)
+    seed = checkpoint.get("seed", drawn) if flags.seed is None else flags.seed
     seed = int(group.gather(torch.tensor([seed]))[0])
     torch.manual_seed(seed)
     deterministic = flags.seed is not None
@@ -1551,7 +1550,6 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
         torch.use_deterministic_algorithms(True)
     if deterministic and TORCH >= (2, 2):
         torch.utils.deterministic.fill_uninitialized_memory = False  # no such memory is read here
-
     train_images, val_images = open_images(flags)
     precision = Precision(flags, runtime)
     batch_size = flags.batch_size // runtime.local_size
@@ -1568,8 +1566,10 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
             f"{batch_size}, {workers} worker(s) each, {precision}, seed {seed}")
     if flags.pretrained:
         run.log(load_pretrained(model, flags))
-    if checkpoint:
+    if path:
         load_weights(model, checkpoint, path)
+        if checkpoint.get("classes", val_images.classes) != val_images.classes:
+            raise UserError(f"{path} was trained on other classes than the data has: give its data")
     if runtime.backend.name == "cpu":
         mnasnet.keep_freed_memory(runtime.local_size)
     if train_images:
@@ -1595,7 +1595,7 @@ def run_training(flags, runtime, group, notes):
     run.model, run.optimizer = run.precision.initialize(run.model, optimizer)
     run.train_model = wrap_for_training(run.model, flags, runtime, run.precision)
     with lock_folder(flags.output_dir) if runtime.rank == 0 else contextlib.nullcontext():
-        if checkpoint:
+        if path:
             restore(run, checkpoint, path)
         group.handle_signals()
         return profile(run) if flags.run_prof else train(run)

@@ -66,7 +66,7 @@ def baseline_loop(flags):
 WITHOUT = {
     "channels_last": "main.BACKENDS[device] = "
                      "dataclasses.replace(main.BACKENDS[device], channels_last=False)",
-    "reuse of freed memory": "main.keep_freed_memory = lambda processes: None",
+    "reuse of freed memory": "mnasnet.keep_freed_memory = lambda processes: None",
     "fast depthwise gradients": "mnasnet.has_fast_depthwise = lambda dtype: False",
     "torchvision's JPEG decoder": "main.jpeg_decoder = lambda: None",
 }
