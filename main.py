@@ -108,8 +108,7 @@ def card_list(text):
     """An argparse type: '0,1,3' as a list of different card numbers."""
     names = text.split(",") if text else []
     if not all(name.strip().isdigit() for name in names) or len(set(map(int, names))) < len(names):
-        raise argparse.ArgumentTypeError(
-            f"found {text!r}, expected different card numbers such as 0,1,2,3")
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected different numbers like 0,1,2,3")
     return [int(name) for name in names]
 
 def parse_args(argv=None):
@@ -279,7 +278,7 @@ def resolve_rank(flags):
     if cards > 1:
         raise UserError(f"--device-list names {cards} cards for one process: add "
                         "--multiprocessing-distributed")
-    return 0, 1, 0, 1
+    return flags.node_rank, flags.nodes, 0, 1
 
 def cores_per_process(processes=1):
     """Returns the usable cores of this machine, divided among so many processes."""
@@ -384,6 +383,8 @@ class ProcessGroup:
         try:
             yield
         except RuntimeError as error:
+            if str(error).startswith("DataLoader"):  # a loader was killed, or timed out
+                raise UserError(f"{first_line(error)}: a file that hangs, or no memory left?")
             collective = re.search("gloo|nccl|hccl|ProcessGroup|Connection", str(error), re.I)
             if self.size == 1 or not collective:
                 raise
@@ -513,6 +514,8 @@ def read_image(path, get_crop, size):
     """Returns the ``Crop`` get_crop(width, height) of an image file: uint8 [size, size, 3],
     antialiased bilinear; EXIF rotation is ignored, as in torchvision. Raises OSError where
     the file can't be decoded."""
+    if not os.path.isfile(path):  # opening a pipe would wait for its writer
+        raise OSError("not a regular file")
     with open(path, "rb") as file:
         data = file.read()
     decode = jpeg_decoder()
@@ -696,15 +699,14 @@ def end_loaders():
 def make_loader(images, flags, runtime, batch_size, workers, seed=None):
     """Returns the DataLoader of images: for training where a seed is given, else for evaluation."""
     sampler = BatchSampler(len(images), batch_size, runtime, seed)
-    options = {"pin_memory": runtime.backend.name != "cpu"}
     persistent = workers > 0 and TORCH >= (1, 7)
-    if persistent:
-        options["persistent_workers"] = True
+    options = {"persistent_workers": True} if persistent else {}
     if runtime.backend.name == "npu" and (1, 12) <= TORCH < (2, 6):
         options["pin_memory_device"] = "npu"  # these torch versions look for CUDA
     loader = torch.utils.data.DataLoader(
         ImageBatches(images, flags, seed), batch_size=None, sampler=sampler, num_workers=workers,
-        worker_init_fn=init_loader, **options)
+        worker_init_fn=init_loader, pin_memory=runtime.backend.name != "cpu",
+        timeout=flags.dist_timeout if workers else 0, **options)
     if persistent:
         # Starts the processes with nothing to fetch: after the first steps they would be forked
         # with a copy of all their memory.
@@ -1271,8 +1273,7 @@ class EpochMeter:
     def __init__(self, run, steps):
         self.run, self.steps, self.sampler = run, steps, run.train_loader.sampler
         self.warm_up_steps = 0 if run.steady_images else min(WARM_UP_STEPS, len(self.sampler) // 2)
-        # Steps, seconds and seconds of waiting for images: of the epoch so far, and what they were
-        # at the last log line and at the end of the warm-up.
+        # Steps, seconds and seconds of waiting for images: now, at the last line, after warm-up.
         self.time, self.printed, self.warm_up = np.zeros((3, 3))
         self.last_time = time.monotonic()
 
@@ -1500,8 +1501,7 @@ def train(run):
                 f"loss {row['train_loss']:.4f}, best Acc@1 {run.best_acc1:.3f}, "
                 f"FPS {row['fps']:.2f} ( {row['fps']:.2f} )")
     if not run.history:
-        raise UserError(f"nothing to do: the next epoch is {run.epoch}, --epochs is "
-                        f"{run.flags.epochs}")
+        raise UserError(f"next epoch {run.epoch}, --epochs {run.flags.epochs}: nothing to do")
     best = max(run.history, key=lambda row: row["acc1"])
     fps = next((row["fps"] for row in reversed(run.history) if row["fps"]), 0.0)
     if run.steady_images:  # else only an evaluation was left
@@ -1512,8 +1512,7 @@ def profile(run):
     """Profiles a few training steps: trace.json in --output-dir, the top operators on stdout."""
     warm_up, steps, module = 3, 5, run.runtime.backend.module
     if len(run.train_loader.sampler) < warm_up + steps:
-        raise UserError(f"--run-prof needs {warm_up + steps} steps, the data has "
-                        f"{len(run.train_loader.sampler)}: lower --batch-size")
+        raise UserError(f"--run-prof needs data for {warm_up + steps} steps: lower --batch-size")
     batches = prefetch(run.train_loader, run.runtime, run.precision.input_dtype)
     run.model.train()
     options = {f"use_{module}": True} if module else {}
@@ -1614,13 +1613,13 @@ def main_worker(flags, backend, notes):
         if runtime.rank == 0:
             saved = "" if flags.evaluate else ", saved; --resume auto continues from here"
             print(f"=> {signal.Signals(signum).name}: stopped{saved}", file=sys.stderr, flush=True)
-    except UserError as error:
+    except Exception as error:
         status = 1
-        if group.is_first_to_report():
+        end_loaders()  # torch 1.8 waits for one that hangs
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        elif group.is_first_to_report():
             print_error(error, runtime.rank if group.size > 1 else None)
-    except Exception:
-        status = 1
-        traceback.print_exc()
     if group.size > 1:
         if status:  # other ranks may be gone, and torch would wait for them
             sys.stdout.flush()

@@ -150,14 +150,17 @@ def test_a_checkpoint_of_other_classes_is_refused(images, trained, run_here, tmp
     shutil.copytree(str(images), str(tmp_path / "data"))
     for split in ("train", "val"):
         (tmp_path / "data" / split / "class 1").rename(tmp_path / "data" / split / "class 9")
-    error = the_error(run_here("data", "--resume", trained[0] / "checkpoint.pth.tar"))
-    assert "was trained on other classes" in error
+    for purpose in ([], ["-e"]):
+        path = trained[0] / "checkpoint.pth.tar"
+        error = the_error(run_here("data", "--resume", path, *purpose))
+        assert "was trained on other classes" in error
 
 
-def test_a_file_without_a_state_dict_is_refused(run_here):
-    torch.save({"state_dict": [1]}, "list.pth")
-    error = the_error(run_here("--synthetic", 16, "--resume", "list.pth"))
-    assert "list.pth is not a MnasNet checkpoint" in error
+@pytest.mark.parametrize("content", [{"state_dict": [1]}, {}], ids=["a list", "empty"])
+def test_a_file_without_a_state_dict_is_refused(run_here, content):
+    torch.save(content, "file.pth")
+    error = the_error(run_here("--synthetic", 16, "--resume", "file.pth"))
+    assert "file.pth is not a MnasNet checkpoint" in error
 
 
 def test_pretrained_weights_of_other_classes_train(images, run_here):

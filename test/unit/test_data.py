@@ -1,5 +1,6 @@
 """From files to batches: folders, crops, decoding, unreadable images, the order, the loader."""
 
+import os
 import random
 import shutil
 import subprocess
@@ -124,6 +125,21 @@ def test_broken_images_are_refused(images, tmp_path, content):
     path.write_bytes(whole[:-200] if content is None else content)
     with pytest.raises((OSError, ValueError)):
         read(path)
+
+
+def test_a_file_that_is_not_regular_is_refused(tmp_path):
+    os.mkfifo(str(tmp_path / "pipe.jpg"))
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("pipe.jpg", "folder.jpg"):
+        with pytest.raises(OSError, match="not a regular file"):
+            read(tmp_path / name)
+
+
+def test_hidden_folders_are_no_classes(images, tmp_path):
+    shutil.copytree(str(images / "val"), str(tmp_path / "val"))
+    (tmp_path / "val" / ".cache").mkdir()
+    found = main.ImageFolder(str(tmp_path / "val"))
+    assert found.classes == main.ImageFolder(str(images / "val")).classes
 
 
 @pytest.mark.parametrize("seed", [1, None], ids=["training", "evaluation"])

@@ -113,6 +113,17 @@ def test_a_rank_that_can_not_read_its_data_is_named(images, tmp_path):
     assert "rank 1: no folder" in out[1] and "nowhere" in out[1], out
 
 
+def test_a_loader_that_hangs_is_one_line(images, tmp_path):
+    run = start_main(images, *ENDLESS, "--dist-timeout", 5, cwd=tmp_path)
+    read_until(run, r"^Epoch: \[0\]\[1/")
+    for pid in processes_of(tmp_path):
+        if parent(pid) == run.pid:
+            os.kill(pid, signal.SIGSTOP)
+    out = run.communicate(timeout=300)[0]
+    assert run.returncode == 1 and out.count("main.py: error: DataLoader timed out") == 1, out
+    assert "Traceback" not in out and wait_for(lambda: not processes_of(tmp_path))
+
+
 def check_rendezvous_error(url, folder):
     """A rank that finds no others ends with one line."""
     error = the_error(run_main("--synthetic", 16, *several(2), "--local_rank", 0, "--dist-url", url,

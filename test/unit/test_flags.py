@@ -9,7 +9,7 @@ from helpers import the_error
 @pytest.mark.parametrize("arguments,words", [
     ([], "no data folder"), (["d", "--epochs", "none"], "whole number"),
     (["d", "-b", "0"], "expected 1 or more"), (["d", "--lr", "nan"], "expected 0"),
-    (["d", "--device", "tpu"], "npu"), (["d", "--device-list", "0,0"], "different card numbers"),
+    (["d", "--device", "tpu"], "npu"), (["d", "--device-list", "0,0"], "different numbers"),
     (["d", "-e"], "--resume"), (["d", "--weights", "w.pth"], "--pretrained"),
     (["d", "--val-crop-size", "300"], "--val-resize-size"),
     (["d", "--rank", "2", "--world-size", "2"], "--world-size"),
@@ -40,7 +40,7 @@ def test_help_shows_the_defaults(capsys):
 @pytest.mark.parametrize("arguments,words", [
     (["-e", "--resume", "auto"], "--resume auto: no checkpoint in '.' to evaluate"),
     (["--resume", "nowhere.pth"], "no checkpoint 'nowhere.pth'"),
-    (["--epochs", "2", "--start-epoch", "5"], "nothing to do: the next epoch is 5, --epochs is 2"),
+    (["--epochs", "2", "--start-epoch", "5"], "next epoch 5, --epochs 2: nothing to do"),
     (["-b", "64"], "--batch-size 64 gives steps of 64 images"),
     (["--device-list", "0,1"], "add --multiprocessing-distributed")])
 def test_flags_that_do_not_fit_what_is_found(run_here, arguments, words):

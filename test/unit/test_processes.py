@@ -19,7 +19,8 @@ FIVE_OF_8 = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZ
     (FOUR + ["--local_rank", "3"], {}, (3, 4, 3, 4)),
     (FOUR + ["--local-rank", "1", "--world-size", "2", "--rank", "1"], {}, (5, 8, 1, 4)),
     ([], FIVE_OF_8, (5, 8, 1, 4)),
-    (["--local_rank", "1"], {"RANK": "1", "WORLD_SIZE": "2"}, (1, 2, 1, 2))])
+    (["--local_rank", "1"], {"RANK": "1", "WORLD_SIZE": "2"}, (1, 2, 1, 2)),
+    (["--world-size", "2", "--rank", "1"], {}, (1, 2, 0, 1))])
 def test_the_rank_of_a_process(monkeypatch, arguments, variables, expected):
     for name in FIVE_OF_8:
         monkeypatch.delenv(name, raising=False)
@@ -54,6 +55,15 @@ def test_processes_started_from_outside(images, tmp_path):
 def test_torchrun(images, tmp_path):
     output, = finish([start(torchrun(2) + SMALL + [str(images), "--epochs", "1"], tmp_path)])
     assert output.count("Result:") == 1, output
+
+
+def test_two_nodes_of_one_process_are_one_run(images, tmp_path):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    outputs = finish([start_main(
+        images, "--epochs", 1, "--world-size", 2, "--rank", node, "--dist-url", address,
+        cwd=tmp_path) for node in range(2)])
+    check_outputs(outputs)
+    assert f"2 processes, rendezvous at {address}" in outputs[0] and "of 31 images" in outputs[0]
 
 
 @pytest.mark.slow
