@@ -294,6 +294,7 @@ def open_device(flags, backend):
         # Not where it changes nothing: after it torch 1.8's loader processes may hang.
         if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+        mnasnet.keep_freed_memory(local_size)  # before the loaders start, which inherit it
         return Runtime(backend, torch.device("cpu"), rank, world_size, local_size)
     if local_rank >= len(cards):
         raise UserError(f"local rank {local_rank} has no card: this node has {len(cards)}")
@@ -1569,8 +1570,6 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
         load_weights(model, checkpoint, path)
         if checkpoint.get("classes", val_images.classes) != val_images.classes:
             raise UserError(f"{path} was trained on other classes than the data has: give its data")
-    if runtime.backend.name == "cpu":
-        mnasnet.keep_freed_memory(runtime.local_size)
     if train_images:
         run.train_loader = make_loader(train_images, flags, runtime, batch_size, workers, seed)
     if flags.tensorboard and runtime.rank == 0:
