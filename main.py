@@ -704,6 +704,7 @@ def make_loader(images, flags, runtime, batch_size, workers, seed=None):
     options = {"persistent_workers": True} if persistent else {}
     if runtime.backend.name == "npu" and (1, 12) <= TORCH < (2, 6):
         options["pin_memory_device"] = "npu"  # these torch versions look for CUDA
+    jpeg_decoder()  # imported before the loaders start, not in each of them
     loader = torch.utils.data.DataLoader(
         ImageBatches(images, flags, seed), batch_size=None, sampler=sampler, num_workers=workers,
         worker_init_fn=init_loader, pin_memory=runtime.backend.name != "cpu",
