@@ -10,8 +10,8 @@ evaluate    python main.py /data/imagenet -e --resume model_best.pth.tar
 benchmark   python main.py --synthetic 5120 --epochs 1 -b 512
 
 A run leaves checkpoint.pth.tar, model_best.pth.tar and metrics.csv in --output-dir. It ends with
-status 0; with 1 after an error, 2 for an invalid command line, and 143, 138 or 130 when SIGTERM,
-SIGUSR1 or Ctrl-C stopped it and it has saved its state. ``--resume auto`` continues from there.
+status 0; with 1 after an error, 2 for an invalid command line, and 143, 129, 138 or 130 when
+SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C stopped it. ``--resume auto`` continues from its last checkpoint.
 
 Sections; each uses only those above it. To see how training works, start at 8.
 1. Imports and errors          2. Flags                 3. Devices and processes
@@ -20,6 +20,11 @@ Sections; each uses only those above it. To see how training works, start at 8.
 """
 
 # --- 1. Imports and errors ------------------------------------------------------------------------
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports is no traceback
 
 import argparse
 import atexit
@@ -32,19 +37,22 @@ import importlib
 import inspect
 import io
 import math
+import mmap
 import multiprocessing
 import os
 import pickle
 import random
 import re
-import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
 import zipfile
+import zlib
 from collections import namedtuple
 from dataclasses import dataclass, field
 
@@ -61,10 +69,13 @@ from torch.distributed.rendezvous import rendezvous
 import mnasnet
 
 TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 class UserError(Exception):
     """A mistake that the user can fix: one line says what was found, expected and to be done."""
+
+class Stopped(Exception):
+    """A signal, its first argument, ended the run."""
 
 def print_error(error, rank=None):
     """Prints one line; torch puts a traceback before the message of an error in a loader."""
@@ -74,6 +85,24 @@ def print_error(error, rank=None):
 
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+def machine_error(error):
+    """Returns one line about an error of the machine: its files, memory or processes; else ''."""
+    text = str(error).strip() or type(error).__name__
+    if text.startswith("DataLoader") or isinstance(error, EOFError):
+        return f"{first_line(error)}: a loader was killed, a file hangs, or no memory is left"
+    missing = re.search("[Oo]ut of memory|allocate memory|[Oo]pen files", text)
+    if missing or isinstance(error, (OSError, MemoryError)):
+        # torch puts a loader's traceback before the message of its error.
+        last = text.splitlines()[-1 if "Traceback" in text else 0]
+        return f"{last}: free what is missing, or ask for less (--workers, --batch-size)"
+    return ""
+
+def install_handler(handler):
+    """Has ``handler(signum, frame)`` receive the signals, except those that nohup ignores."""
+    for signum in SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 # --- 2. Flags -------------------------------------------------------------------------------------
@@ -86,10 +115,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if named else super()._get_help_string(action)
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports an invalid command line in one line, with status 2."""
+    """Reports an invalid command line in one line, with status 2; flags are not abbreviated."""
 
     def error(self, message):
         self.exit(2, f"main.py: error: {message} (--help lists every flag)\n")
+
+    def _get_option_tuples(self, option_string):  # Python 3.7's allow_abbrev=False breaks -b64
+        short = not option_string.startswith("--")
+        return super()._get_option_tuples(option_string) if short else []
 
 def number(kind, low, high=sys.float_info.max, word=None):
     """Returns an argparse type: an int or float from ``low`` to ``high``, or a word."""
@@ -115,9 +148,7 @@ def parse_args(argv=None):
     """Returns the flags; ends the program with status 2 and one line where one is invalid."""
     count, real = functools.partial(number, int), functools.partial(number, float)
     fraction, tiny = number(float, 0, 1), sys.float_info.epsilon
-    parser = ArgumentParser(
-        description="Trains MnasNet.", formatter_class=HelpFormatter,
-        allow_abbrev=sys.version_info < (3, 8))  # Python 3.7 needs them for -b64
+    parser = ArgumentParser(description="Trains MnasNet.", formatter_class=HelpFormatter)
 
     add = parser.add_argument_group("data").add_argument
     add("data", nargs="?", help="folder with train/ and val/, each with one folder per class")
@@ -264,21 +295,60 @@ def select_cards(flags, backend):
                         f"{backend.name} card(s); give other numbers with --device-list or --npu")
     return cards
 
+def read_variable(name, low, high, default=None):
+    """Returns an environment variable as a whole number; UserError where it can't be that."""
+    text = os.environ.get(name, default)
+    try:
+        return number(int, low, high)("" if text is None else text)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise UserError(f"the environment variable {name} is {text!r}, expected {low} to {high}: "
+                        "torchrun and srun set it, for every rank")
+
 def resolve_rank(flags):
-    """Returns the rank, the world size, the local rank and the number of processes on this node."""
+    """Returns the rank, the world size, the local rank and the number of processes on this node:
+    from the flags, or what torchrun or SLURM's srun put into the environment."""
     cards, env = len(flags.device_list), os.environ
     if flags.multiprocessing_distributed:
         rank = flags.node_rank * cards + flags.local_rank
         return rank, flags.nodes * cards, flags.local_rank, cards
-    if "RANK" in env and "WORLD_SIZE" in env:  # torchrun
-        world_size = int(env["WORLD_SIZE"])
-        local_rank = int(env.get("LOCAL_RANK", 0) if flags.local_rank is None else flags.local_rank)
-        local_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
-        return int(env["RANK"]), world_size, local_rank, local_size
     if cards > 1:
         raise UserError(f"--device-list names {cards} cards for one process: add "
                         "--multiprocessing-distributed")
-    return flags.node_rank, flags.nodes, 0, 1
+    if "RANK" in env or "WORLD_SIZE" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env and flags.world_size == -1:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    elif flags.local_rank is None:
+        return flags.node_rank, flags.nodes, 0, 1
+    else:
+        raise UserError("--local_rank needs --multiprocessing-distributed and --device-list, or "
+                        "RANK and WORLD_SIZE in the environment, which torchrun sets")
+    size = read_variable(names[1], 1, 2 ** 20)
+    rank = read_variable(names[0], 0, size - 1)
+    nodes = read_variable("SLURM_NNODES", 1, 2 ** 20, default=1) if names[0] != "RANK" else 1
+    local_size = read_variable("LOCAL_WORLD_SIZE", 1, size, default=size // nodes)
+    if size % nodes or size % local_size or flags.world_size not in (-1, size):
+        raise UserError(f"{names[1]} is {size}: expected the same number of ranks on each node, "
+                        f"and no other --world-size (found {local_size} and {flags.world_size})")
+    local_rank = read_variable(names[2], 0, local_size - 1, default=rank % local_size)
+    return rank, size, local_rank if flags.local_rank is None else flags.local_rank, local_size
+
+def resolve_address(url, one_node):
+    """Returns where the ranks meet. For env:// it sets MASTER_ADDR and MASTER_PORT where they are
+    missing: this machine, or the first node of a SLURM job, and a port of the job's own."""
+    env = os.environ
+    if url != "env://":
+        return url
+    first = re.match(r"([^[,]+)(?:\[(\w+)[^]]*\]([^[,]*))?", env.get("SLURM_JOB_NODELIST", ""))
+    if not (one_node or first or "MASTER_ADDR" in env):
+        raise UserError("several nodes need an address: give all ranks the same --dist-url "
+                        "tcp://HOST:PORT, or MASTER_ADDR in the environment")
+    if "MASTER_ADDR" not in env:
+        parts = ("127.0.0.1",) if one_node else first.groups(default="")
+        env["MASTER_ADDR"] = "".join(parts)
+    job = read_variable("SLURM_JOB_ID", 0, 2 ** 63, default=9688)
+    env.setdefault("MASTER_PORT", str(20000 + job % 10000))
+    return f"tcp://{env['MASTER_ADDR']}:{read_variable('MASTER_PORT', 1, 65535)}"
 
 def cores_per_process(processes=1):
     """Returns the usable cores of this machine, divided among so many processes."""
@@ -320,46 +390,103 @@ class ProcessGroup:
         self.rank, self.size = runtime.rank, runtime.world_size
         self.timeout = flags.dist_timeout
         self.signal = 0  # that this process has received
+        self.waiting = False  # for images, which need not be waited for after a signal
+        self.step_end, self.step_seconds = time.monotonic(), 0.0
+        self.ended = threading.Event()
         if self.size > 1:
             backend = flags.dist_backend or runtime.backend.collective
             self.initialize(flags.dist_url, backend, runtime.local_size == self.size)
 
     def initialize(self, url, backend, one_node):
         """Raises UserError where not all ranks are found at the URL in time."""
-        env = os.environ
-        if one_node and os.path.exists("/sys/class/net/lo"):
+        env, address = os.environ, resolve_address(url, one_node)
+        local = address.startswith(("file:", "tcp://127.0.0.1:", "tcp://localhost:"))
+        if one_node and local and os.path.exists("/sys/class/net/lo"):
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node does not use the network
         if TORCH < (2, 0):
             env.setdefault("NCCL_ASYNC_ERROR_HANDLING", "1")  # else nccl waits for ever
-        env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", "29688")
-        address = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if url == "env://" else url
         limit = datetime.timedelta(seconds=self.timeout)
         # nccl and hccl abort: sync_step, which names the silent ranks, has to notice first.
         margin = datetime.timedelta(seconds=0 if backend == "gloo" else 60)
+
+        def message(reason):
+            return (f"rank {self.rank}: rendezvous failed at {address} within {self.timeout:g} s "
+                    f"({reason}): start all ranks with the same --dist-url, tcp://HOST:PORT, "
+                    "file:///PATH or env://")
+
         try:
-            store, _, _ = next(rendezvous(url, self.rank, self.size, timeout=limit))
-            # torchrun keeps its store when it restarts the ranks.
-            self.store = dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            dist.init_process_group(backend, store=self.store, rank=self.rank,
-                                    world_size=self.size, timeout=limit + margin)
-            self.group = dist.new_group(backend="gloo", timeout=limit)
+            with self.time_limit(self.timeout + 10, message("a rank does not answer")):
+                store, _, _ = next(rendezvous(url, self.rank, self.size, timeout=limit))
+                # torchrun keeps its store when it restarts the ranks.
+                self.store = dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+                dist.init_process_group(backend, store=self.store, rank=self.rank,
+                                        world_size=self.size, timeout=limit + margin)
+                self.group = dist.new_group(backend="gloo", timeout=limit)
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"rank {self.rank}: rendezvous failed at {address} within "
-                            f"{self.timeout:g} s ({first_line(error)}): start all ranks with the "
-                            "same --dist-url, tcp://HOST:PORT, file:///PATH or env://")
+            raise UserError(message(first_line(error)))
         if self.rank == 0:
             print(f"=> {self.size} processes, rendezvous at {address}, collectives over {backend}",
                   flush=True)
 
-    def handle_signals(self):
-        """From here on a signal is a request to save and end."""
-        for signum in SIGNALS:
-            signal.signal(signum, lambda received, frame: setattr(self, "signal", received))
+    @contextlib.contextmanager
+    def time_limit(self, seconds, error):
+        """Ends the process with an error after so many seconds inside. torch's store waits for
+        ever for a rank 0 that has stopped."""
+
+        def give_up():
+            print_error(error, self.rank)
+            os._exit(1)
+
+        timer = threading.Timer(seconds, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    @contextlib.contextmanager
+    def handle_signals(self, checkpoint):
+        """Inside, a signal is a request to save and end; ``checkpoint`` is the path of the last.
+        Python's handler waits for the end of an operation, so a thread watches beside it."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        install_handler(self.receive_signal)
+        self.ended.clear()
+        threading.Thread(target=self.end_in_time, args=(reader, checkpoint), daemon=True).start()
+        try:
+            yield
+        finally:
+            self.ended.set()
+            signal.set_wakeup_fd(-1)
+            os.close(writer)
+            install_handler(signal.SIG_DFL)
+
+    def receive_signal(self, signum, frame):
+        self.signal = signum
+        if self.waiting and self.size == 1:  # several have to agree on their last step
+            self.waiting = False
+            raise Stopped(signum)
+
+    def end_in_time(self, reader, checkpoint):
+        """Ends the process where a signal is not followed by the end of a step, as other ranks or
+        loaders hang: after 30 s and twice the time of the last step."""
+        received = b"\0"
+        while received and received[0] not in SIGNALS:  # Python writes that of each child's end
+            received = os.read(reader, 1)
+        if received and not self.ended.wait(30 + 2 * self.step_seconds):
+            saved = checkpoint and os.path.exists(checkpoint)
+            print(f"=> {signal.Signals(received[0]).name}: stopped without saving, as no step "
+                  f"ended; the last checkpoint is {checkpoint if saved else 'none'}",
+                  file=sys.stderr, flush=True)
+            os._exit(128 + received[0])
 
     def sync_step(self, unreadable):
         """All-reduces the pending signal (returned: that of any rank, or 0) and the number of
         unreadable images of a step (returned: over all ranks)."""
+        now = time.monotonic()
+        self.step_seconds, self.step_end = now - self.step_end, now
         if self.size == 1:
             return self.signal, unreadable
         values = torch.tensor([unreadable] + [int(self.signal == signum) for signum in SIGNALS])
@@ -384,38 +511,43 @@ class ProcessGroup:
         try:
             yield
         except RuntimeError as error:
-            if str(error).startswith("DataLoader"):  # a loader was killed, or timed out
-                raise UserError(f"{first_line(error)}: a file that hangs, or no memory left?")
             collective = re.search("gloo|nccl|hccl|ProcessGroup|Connection", str(error), re.I)
             if self.size == 1 or not collective:
                 raise
-            try:
-                self.store.add(f"alive/{self.rank}", 1)
-                time.sleep(min(3.0, self.timeout))
-                silent = [r for r in range(self.size) if not self.store.add(f"alive/{r}", 0)]
-            except RuntimeError:
-                silent = [0]  # which holds the store
+            message = (f"does not respond ({first_line(error)}): see its output; --resume auto "
+                       "continues from the last checkpoint")
+            with self.time_limit(8, f"rank 0 {message}"):  # which holds the store
+                try:
+                    self.store.add(f"alive/{self.rank}", 1)
+                    time.sleep(min(3.0, self.timeout))
+                    silent = [r for r in range(self.size) if not self.store.add(f"alive/{r}", 0)]
+                except RuntimeError:
+                    silent = [0]
             names = ", ".join(f"rank {r}" for r in silent) or "another rank"
-            raise UserError(f"{names} does not respond ({first_line(error)}): see its output; "
-                            "--resume auto continues from the last checkpoint")
+            raise UserError(f"{names} {message}")
 
-    def is_first_to_report(self):
-        """Returns whether no other rank has reported an error: they would repeat each other."""
-        with contextlib.suppress(RuntimeError):  # the rank that holds the store is gone
-            return self.size == 1 or self.store.add("error", 1) == 1
-        return True
+    def report(self, error):
+        """Prints an error, unless another rank has reported one: they would repeat each other."""
+        with self.time_limit(8, error), contextlib.suppress(RuntimeError):
+            if self.size > 1 and self.store.add("error", 1) > 1:
+                return
+        print_error(error, self.rank if self.size > 1 else None)
 
 def forward_signal(children, signum):
     for child in children:
         if child.poll() is None:
             child.send_signal(signum)
 
-def wait_children(children, first_rank):
-    """Returns the status of the first child that fails, or 0. The others then have 10 s to end, or
-    60 s if a signal ended it after saving."""
-    status, deadline, codes = 0, math.inf, [None]
+def wait_children(children, first_rank, received):
+    """Forwards the signals in the list ``received``, and returns the status of the first of them or
+    of the first child that fails, or 0. The others then have 10 s to end, or 60 s if a signal ended
+    it after saving."""
+    status, deadline, codes, forwarded = 0, math.inf, [None], 0
     while None in codes and time.monotonic() < deadline:
         time.sleep(0.05)
+        for signum in received[forwarded:]:
+            forward_signal(children, signum)
+            forwarded += 1
         codes = [child.poll() for child in children]
         rank = next((rank for rank, code in enumerate(codes) if code), None)
         if rank is not None and not status:
@@ -423,15 +555,15 @@ def wait_children(children, first_rank):
             deadline = time.monotonic() + (60 if status - 128 in SIGNALS else 10)
             if status < 0:
                 status, name = 128 - status, signal.Signals(-status).name
-                print_error(f"rank {first_rank + rank} was killed by {name}; ending the others")
+                if not received:
+                    print_error(f"rank {first_rank + rank} was killed by {name}; ending the others")
             forward_signal(children, signal.SIGTERM)
-    return status
+    return 128 + received[0] if received else status
 
 def launch(flags, argv, backend):
     """Starts one process per card of this node and returns their exit status."""
-    processes, children = len(flags.device_list), []
-    for signum in SIGNALS:
-        signal.signal(signum, lambda received, frame: forward_signal(children, received))
+    processes, children, received = len(flags.device_list), [], []
+    install_handler(lambda signum, frame: received.append(signum))
     environment = dict(os.environ)
     if backend.name == "cpu":
         environment.setdefault("OMP_NUM_THREADS", str(cores_per_process(processes)))
@@ -439,14 +571,16 @@ def launch(flags, argv, backend):
         url = flags.dist_url
         if flags.nodes == 1 and url == "env://" and "MASTER_ADDR" not in os.environ:
             url = f"file://{folder}/rendezvous"  # one node needs no port
-        command = [sys.executable, os.path.abspath(__file__), *argv, "--dist-url", url,
-                   "--device", backend.name, "--device-list", ",".join(map(str, flags.device_list))]
+        end = argv.index("--") if "--" in argv else len(argv)  # what follows are no flags
+        added = ["--dist-url", url, "--device", backend.name,
+                 "--device-list", ",".join(map(str, flags.device_list)), "--local_rank"]
         try:
-            for local_rank in range(processes):
+            for local_rank in range(0 if received else processes):
                 children.append(subprocess.Popen(
-                    command + ["--local_rank", str(local_rank)], env=environment,
+                    [sys.executable, os.path.abspath(__file__), *argv[:end], *added,
+                     str(local_rank), *argv[end:]], env=environment,
                     start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGTERM)))
-            return wait_children(children, flags.node_rank * processes)
+            return wait_children(children, flags.node_rank * processes, received)
         finally:
             for child in children:  # with its loaders, which are in its process group
                 with contextlib.suppress(ProcessLookupError):
@@ -460,6 +594,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue, from torchvision's references
 STD = (0.229, 0.224, 0.225)
 LARGE_JPEG = 2 ** 18  # bytes; a photo that is worth decoding at a fraction of its resolution
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million: a loader stays below 1.5 GB
 
 @functools.lru_cache(None)
 def jpeg_decoder():
@@ -474,6 +609,17 @@ def jpeg_decoder():
     return lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8),
                                     mode=ImageReadMode.RGB)
 
+def jpeg_pixels(data):
+    """Returns the number of pixels that the header of a JPEG file claims, or 0 where none is found
+    (ITU-T T.81, B.2.2: marker, length, precision, height, width)."""
+    position = 2
+    while data[position:position + 1] == b"\xff" and position + 9 <= len(data):
+        length, _, height, width = struct.unpack_from(">HBHH", data, position + 2)
+        if 0xC0 <= data[position + 1] <= 0xCF and data[position + 1] not in (0xC4, 0xC8, 0xCC):
+            return height * width
+        position += 2 + length
+    return 0
+
 def crop_with_torch(image, get_crop, size):
     """Returns the crop of a decoded image [3, H, W] as uint8 [size, size, 3]."""
     (left, top, w, h), (width, height), (x, y) = get_crop(image.shape[2], image.shape[1])
@@ -485,20 +631,33 @@ def crop_with_torch(image, get_crop, size):
 def to_rgb(image):
     """Converts any mode that Pillow decodes: 16 bits are scaled to 8, transparency is white."""
     if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips at 255
-        pixels = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
+        pixels = np.array(image)
+        np.clip(pixels, 0, 65535, out=pixels)
+        pixels //= 257
         image = Image.fromarray(pixels.astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+        layer = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.new("RGB", image.size, "white")
+        image.paste(layer, mask=layer)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 def read_with_pillow(data, get_crop, size):
     """Returns the crop of an encoded image as uint8 [size, size, 3]; one resize does it all."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # unusual metadata
-        image = Image.open(io.BytesIO(data))
+        try:
+            image = Image.open(io.BytesIO(data))
+        except Image.UnidentifiedImageError:  # whose message names no reason
+            raise OSError("not an image of a format that Pillow knows")
         full_size = image.size
+        limit = MAX_PIXELS
+        if image.format in ("JPEG", "MPO"):
+            limit *= 2  # decoded at a fraction of its size
+        elif image.format == "WEBP" or image.mode in ("LA", "PA"):
+            limit //= 2  # of which several copies are made
+        if full_size[0] * full_size[1] > limit:
+            raise OSError(f"{full_size[0]} x {full_size[1]} pixels, at most {limit} are decoded")
         crop = get_crop(*full_size)
         scale = [crop.box[i + 2] / crop.resized[i] for i in (0, 1)]
         left, top = (crop.box[i] + crop.corner[i] * scale[i] for i in (0, 1))
@@ -520,13 +679,28 @@ def read_image(path, get_crop, size):
     with open(path, "rb") as file:
         data = file.read()
     decode = jpeg_decoder()
-    if decode and data[:3] == b"\xff\xd8\xff" and len(data) < LARGE_JPEG:
+    if (decode and data[:3] == b"\xff\xd8\xff" and len(data) < LARGE_JPEG
+            and 0 < jpeg_pixels(data) < 2 ** 24):
         with contextlib.suppress(RuntimeError):  # CMYK, or damaged: Pillow decides
             return crop_with_torch(decode(data), get_crop, size)
     try:
         return read_with_pillow(data, get_crop, size)
+    except OSError:
+        raise
     except Exception as error:  # Pillow's plugins raise SyntaxError, struct.error, IndexError, ...
         raise OSError(f"{type(error).__name__}: {first_line(error)}")
+
+def list_images(folder, above):
+    """Returns the paths of the images below a folder. A link to itself or to one of the folders
+    ``above`` it is not followed. Raises OSError where a folder can't be read."""
+    above, paths = above + (os.path.realpath(folder),), []
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            if not entry.is_symlink() or os.path.realpath(entry.path) not in above:
+                paths += list_images(entry.path, above)
+        elif entry.name.lower().endswith(EXTENSIONS):
+            paths.append(entry.path)
+    return paths
 
 class ImageFolder:
     """The images of a folder with one folder per class: ``classes``, ``paths`` and ``labels`` [N],
@@ -537,22 +711,23 @@ class ImageFolder:
         if not os.path.isdir(root):
             raise UserError(f"no folder {root!r}: the data folder must hold train/ and val/, each "
                             "with one folder per class")
-        names = [entry.name for entry in os.scandir(root) if entry.is_dir()]
-        self.classes = sorted(name for name in names if not name.startswith("."))
+        try:
+            names = [entry.name for entry in os.scandir(root) if entry.is_dir()]
+            self.classes = sorted(name for name in names if not name.startswith("."))
+            above = (os.path.realpath(self.root),)
+            found = [list_images(os.path.join(self.root, name), above) for name in self.classes]
+        except OSError as error:
+            raise UserError(f"can't read {error.filename!r}: {error.strerror}")
         if not self.classes:
             raise UserError(f"{root!r} holds no folders: expected one folder of images per class")
-        paths, labels = [], []
-        for label, name in enumerate(self.classes):
-            tree = os.walk(os.path.join(self.root, name), followlinks=True)
-            found = [os.path.join(folder, file)[len(self.root) + 1:]
-                     for folder, _, files in tree for file in files
-                     if file.lower().endswith(EXTENSIONS)]
-            if not found:
+        for name, paths in zip(self.classes, found):
+            if not paths:
                 raise UserError(f"class folder {os.path.join(self.root, name)!r} holds no image "
                                 f"({' '.join(EXTENSIONS)}): add some or remove it")
-            paths += sorted(map(os.fsencode, found))
-            labels += [label] * len(found)
-        self.paths, self.labels = np.array(paths), np.array(labels)
+        start = len(self.root) + 1
+        self.paths = np.array([path for paths in found
+                               for path in sorted(os.fsencode(path[start:]) for path in paths)])
+        self.labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found])
 
     def __len__(self):
         return len(self.labels)
@@ -609,33 +784,41 @@ def resize_center_crop(width, height, resize, size):
     return Crop((0, 0, width, height), resized, corner)
 
 class ImageBatches(torch.utils.data.Dataset):
-    """Whole batches: ``self[epoch, indices]`` is images, uint8 [n, size, size, 3], labels, int64
-    [n], and a list with (index, reason) of the unreadable ones.
+    """Whole batches: ``self[slot, epoch, indices]`` is images, uint8 [n, size, size, 3], labels,
+    int64 [n], both numpy arrays, and a list with (index, reason) of the unreadable ones. With
+    ``slots`` the images are written into that part of ``ring``, which the loader processes share,
+    and the slot is given in place of the images.
 
     What is done to an image depends on (seed, epoch, index) alone, so that any number of loaders
     gives the same batches. In training another image of its class replaces an unreadable one; in
     evaluation (no seed) an empty one does, with label -1, which no prediction matches."""
 
-    def __init__(self, images, flags, seed=None):
+    def __init__(self, images, flags, seed=None, batch_size=0, slots=0):
         self.images, self.flags, self.seed = images, flags, seed
         self.train = seed is not None
         self.size = flags.train_crop_size if self.train else flags.val_crop_size
+        shape = (slots, batch_size, self.size, self.size, 3)
+        self.ring = None
+        if slots:
+            memory = mmap.mmap(-1, int(np.prod(shape)))  # shared, and without a name
+            self.ring = np.frombuffer(memory, np.uint8).reshape(shape)
 
     def __getitem__(self, key):
-        epoch, indices = key
-        images = torch.empty(len(indices), self.size, self.size, 3, dtype=torch.uint8)
-        labels, unreadable = torch.from_numpy(self.images.labels[indices]), []
-        for pixels, label, index in zip(images.numpy(), labels, indices):
+        slot, epoch, indices = key
+        shape = (len(indices), self.size, self.size, 3)
+        images = np.empty(shape, np.uint8) if self.ring is None else self.ring[slot]
+        labels, unreadable = self.images.labels[indices], []
+        for position, index in enumerate(indices):
             try:
-                pixels[:] = self.load(epoch, index)
+                images[position] = self.load(epoch, index)
             except OSError as error:
                 unreadable.append((int(index), first_line(error)))
                 if self.train:
-                    pixels[:] = self.load_substitute(epoch, index)
+                    images[position] = self.load_substitute(epoch, index)
                 else:
-                    pixels[:] = 0
-                    label.fill_(-1)
-        return images, labels, unreadable
+                    images[position] = 0
+                    labels[position] = -1
+        return images if self.ring is None else slot, labels, unreadable
 
     def load(self, epoch, index):
         """Returns an augmented image, in evaluation the center crop: uint8 [size, size, 3]."""
@@ -663,8 +846,9 @@ class BatchSampler(torch.utils.data.Sampler):
     on (seed, epoch) alone, from ``first_image`` on. Evaluation (no seed): every image once, divided
     among the ranks without padding."""
 
-    def __init__(self, count, batch_size, runtime, seed=None):
+    def __init__(self, count, batch_size, runtime, seed=None, slots=1):
         self.count, self.batch_size, self.runtime, self.seed = count, batch_size, runtime, seed
+        self.slots = slots
         self.total = batch_size * runtime.world_size  # images of a step, all ranks
         self.epoch, self.first_image = 0, 0
 
@@ -681,12 +865,24 @@ class BatchSampler(torch.utils.data.Sampler):
             order = np.random.RandomState([self.seed, self.epoch]).permutation(self.count)
             steps = order[self.first_image:][:len(self) * self.total]
             indices = steps.reshape(len(self), world_size, self.batch_size)[:, rank].ravel()
-        for first in range(0, len(indices), self.batch_size):
-            yield self.epoch, indices[first:first + self.batch_size]
+        for number, first in enumerate(range(0, len(indices), self.batch_size)):
+            yield number % self.slots, self.epoch, indices[first:first + self.batch_size]
+
+class ImageLoader(torch.utils.data.DataLoader):
+    """Yields the batches of an ``ImageBatches`` as tensors. On the ring they stay as they are until
+    the one after the next is asked for."""
+
+    def __iter__(self):
+        ring = self.dataset.ring
+        for images, labels, unreadable in super().__iter__():
+            if ring is not None:
+                images = ring[images][:len(labels)]
+            yield torch.from_numpy(images), torch.from_numpy(labels), unreadable
 
 def init_loader(index):
     """Gives a loader process one core; the training process handles the signals."""
     torch.set_num_threads(1)
+    signal.set_wakeup_fd(-1)
     die_with_parent(signal.SIGKILL)
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
@@ -698,22 +894,22 @@ def end_loaders():
         child.kill()
 
 def make_loader(images, flags, runtime, batch_size, workers, seed=None):
-    """Returns the DataLoader of images: for training where a seed is given, else for evaluation."""
-    sampler = BatchSampler(len(images), batch_size, runtime, seed)
+    """Returns the loader of images: for training where a seed is given, else for evaluation."""
+    # Two batches are asked of each worker in advance; one is in use, and one waits after it.
+    slots = 2 * workers + 2 if workers else 0
+    batches = ImageBatches(images, flags, seed, batch_size, slots)
+    sampler = BatchSampler(len(images), batch_size, runtime, seed, max(1, slots))
     persistent = workers > 0 and TORCH >= (1, 7)
     options = {"persistent_workers": True} if persistent else {}
-    if runtime.backend.name == "npu" and (1, 12) <= TORCH < (2, 6):
-        options["pin_memory_device"] = "npu"  # these torch versions look for CUDA
     jpeg_decoder()  # imported before the loaders start, not in each of them
-    loader = torch.utils.data.DataLoader(
-        ImageBatches(images, flags, seed), batch_size=None, sampler=sampler, num_workers=workers,
-        worker_init_fn=init_loader, pin_memory=runtime.backend.name != "cpu",
-        timeout=flags.dist_timeout if workers else 0, **options)
+    loader = ImageLoader(
+        batches, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=tuple,
+        worker_init_fn=init_loader, timeout=flags.dist_timeout if workers else 0, **options)
     if persistent:
         # Starts the processes with nothing to fetch: after the first steps they would be forked
         # with a copy of all their memory.
         sampler.first_image = sampler.count
-        iter(loader)
+        next(iter(loader), None)
         sampler.first_image = 0
     atexit.register(end_loaders)
     return loader
@@ -728,13 +924,16 @@ def prefetch(loader, runtime, dtype):
     npu = runtime.backend.name == "npu"
     # Ascend's cross entropy took 32 bits before torch 1.10.
     target_dtype = torch.int32 if npu and TORCH < (1, 10) else torch.int64
+    pinned = module is not None and (not npu or TORCH >= (1, 12))  # before, for CUDA alone
+    pin_options = {"device": "npu"} if npu and TORCH < (2, 6) else {}
 
     def copy(images, targets, unreadable):
-        # torch_npu copies unpinned memory later, too, when it may be gone.
-        non_blocking = not npu or images.is_pinned()
+        if pinned:
+            images, targets = images.pin_memory(**pin_options), targets.pin_memory(**pin_options)
         with module.stream(stream) if module else contextlib.nullcontext():
-            images = images.to(device, non_blocking=non_blocking)
-            targets = targets.to(device, non_blocking=non_blocking).to(target_dtype)
+            # torch_npu copies unpinned memory later, too, when it may be gone.
+            images = images.to(device, non_blocking=pinned)
+            targets = targets.to(device, non_blocking=pinned).to(target_dtype)
             return images, targets, unreadable, stream.record_event() if stream else None
 
     def normalize(images, targets, unreadable, copied):
@@ -768,18 +967,24 @@ def optimizer_parameters(optimizer):
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 def find_apex(flags, backend):
-    """Returns apex.amp where it is asked for, or available and usable; None for native."""
-    asked_for = flags.amp_backend == "apex"
-    if flags.amp_backend == "native" or (backend.name == "cpu" and not asked_for):
-        return None
-    amp = None
-    with contextlib.suppress(ImportError):  # newer apex, and PyPI's other apex, have no amp
+    """Returns apex.amp where it is asked for, or available and made for this device, else None for
+    native; and the reason against an apex that is installed."""
+    if flags.amp_backend == "native" or (backend.name == "cpu" and flags.amp_backend == "auto"):
+        return None, ""
+    reason, missing = "", "no apex.amp is installed (NVIDIA removed it from apex in 2025)"
+    try:
         from apex import amp
-    if asked_for and (amp is None or backend.name == "cpu"):
-        reason = "no apex.amp is installed (NVIDIA removed it from apex in 2025)"
-        raise UserError(f"--amp-backend apex: {reason if amp is None else 'apex needs a card'}. "
-                        "--amp-backend native computes the same")
-    return amp
+        ascend = "combine_grad" in inspect.signature(amp.initialize).parameters
+        if backend.name == ("npu" if ascend else "gpu"):
+            return amp, ""
+        reason = f"the installed apex is {'Ascend' if ascend else 'NVIDIA'}'s and needs its card"
+    except Exception as error:  # one that was built for another torch fails in any way
+        if not re.search("(named|import of) '?apex|name 'amp'", str(error)):
+            reason = f"apex does not import ({first_line(error)})"
+    if flags.amp_backend == "apex":
+        raise UserError(f"--amp-backend apex: {reason or missing}. --amp-backend native computes "
+                        "the same")
+    return None, reason
 
 def find_native_amp(backend, dtype):
     """Returns what makes an autocast context for the device, or None, and a gradient scaler."""
@@ -808,8 +1013,9 @@ class Precision:
         backend = runtime.backend
         self.level = flags.opt_level or backend.opt_level
         self.loss_scale = flags.loss_scale
+        self.verbosity = 0 if runtime.rank else 1
         low = self.level != "O0"
-        apex = find_apex(flags, backend) if low or flags.amp_backend == "apex" else None
+        apex, self.note = find_apex(flags, backend)
         self.apex = apex if low else None
         self.conv_dtype = backend.amp_dtype if low else torch.float32
         native_o2 = self.level == "O2" and not self.apex
@@ -831,7 +1037,8 @@ class Precision:
     def __str__(self):
         if self.level == "O0":
             return "O0 (fp32)"
-        return f"{self.level} (apex)" if self.apex else f"{self.level} ({str(self.conv_dtype)[6:]})"
+        kind = "apex" if self.apex else str(self.conv_dtype)[6:]
+        return f"{self.level} ({kind}{'; ' if self.note else ''}{self.note})"
 
     def prepare(self, model):
         """Returns the parameters to optimize; native O2 converts the model to low precision."""
@@ -844,15 +1051,25 @@ class Precision:
                     parameter.data = parameter.data.to(self.conv_dtype)
         return self.masters
 
-    def initialize(self, model, optimizer):
-        """Returns the model and the optimizer as apex wants them, before training."""
+    def initialize(self, model, optimizer=None):
+        """Returns the model and the optimizer as apex wants them, before training; for an
+        evaluation the model alone is enough."""
         if not self.apex:
             return model, optimizer
-        options = {"opt_level": self.level, "loss_scale": self.loss_scale}
+        options = {"opt_level": self.level, "verbosity": self.verbosity}
+        if optimizer is None:
+            return self.apex.initialize(model, **options), None
         if "combine_grad" in inspect.signature(self.apex.initialize).parameters:  # Ascend's apex
             options["combine_grad"] = True
+        fixed = self.loss_scale != "dynamic"
+        if fixed:  # apex notices no overflow of a fixed scale, but of one that can't move
+            options.update(min_loss_scale=self.loss_scale, max_loss_scale=self.loss_scale)
+        options["loss_scale"] = "dynamic"
         weights = [p.detach().clone() for p in model.parameters()]
         model, optimizer = self.apex.initialize(model, optimizer, **options)
+        if fixed:
+            scaler = {"loss_scale": self.loss_scale, "unskipped": 0}
+            self.apex.load_state_dict({"loss_scaler0": scaler})
         # apex makes its fp32 weights at the first zero_grad, of rounded ones. Here they are made
         # before a checkpoint's momentum is loaded, and get the exact weights.
         optimizer.zero_grad()
@@ -990,6 +1207,10 @@ def average_running_stats(model, group):
 
 # --- 7. Checkpoints and logging -------------------------------------------------------------------
 
+# A run's weights do not depend on these flags, or the settings below hold what they resolve to.
+UNRELATED = set("""data workers max_bad pretrained weights start_epoch device_list npu world_size
+    multiprocessing_distributed local_rank rank nodes node_rank dist_url dist_backend dist_timeout
+    output_dir resume save_freq keep evaluate print_freq tensorboard run_prof synthetic""".split())
 COLUMNS = ("epoch", "lr", "train_loss", "train_acc1", "val_loss", "acc1", "acc5", "fps", "seconds",
            "data_wait")  # of metrics.csv
 WARM_UP_STEPS = 5  # left out of the throughput: compilation and caches are not steady yet
@@ -1008,9 +1229,22 @@ def optimizer_state(optimizer):
     group = {"lr": optimizer.param_groups[0]["lr"], "params": list(states)}
     return {"state": states, "param_groups": [group]}
 
+def settings(run):
+    """Returns the flags that the weights depend on, and what else they do: plain values."""
+    values = {name: value for name, value in vars(run.flags).items() if name not in UNRELATED}
+    sampler = run.train_loader.sampler
+    values.update(device=run.runtime.backend.name, opt_level=run.precision.level, seed=run.seed,
+                  batch_size=sampler.total, train_images=sampler.count, processes=run.group.size)
+    return values
+
+def check_finite(state, name, advice):
+    """Raises UserError where a tensor of the dictionary ``state`` holds NaN or infinity."""
+    for key, tensor in state.items():
+        if torch.is_tensor(tensor) and not torch.isfinite(tensor).all():
+            raise UserError(f"{name} holds values that are not finite ({key}): {advice}")
+
 def snapshot(run):
     """Returns all that a resumed run needs, as tensors and plain values. All ranks take part."""
-    data = run.train_loader.dataset.images
     # Each rank's own statistics and totals make a resumed run equal to the last bit.
     stats = average_running_stats(run.model, run.group)
     totals = run.group.gather(run.totals.double().cpu())
@@ -1021,13 +1255,13 @@ def snapshot(run):
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         state_dict[name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
     set_running_stats(run.model, stats[run.runtime.rank])
+    check_finite(state_dict, "the model", "it is not saved. Try a lower --lr or a longer --warmup")
     return {
         "arch": run.flags.arch, "state_dict": state_dict, "running_stats": stats,
         "optimizer": optimizer_state(run.optimizer), "amp": run.precision.state_dict(),
         "epoch": run.epoch, "images": run.images, "totals": totals,
         "best_acc1": run.best_acc1, "history": run.history, "seed": run.seed,
-        "classes": data.classes, "train_images": len(data),
-        "batch": run.train_loader.sampler.total, "opt_level": run.precision.level,
+        "classes": run.train_loader.dataset.images.classes, "flags": settings(run),
     }
 
 def load_optimizer_state(optimizer, saved):
@@ -1056,7 +1290,9 @@ def write_file(content, path, older=()):
     """Writes bytes under a temporary name, flushes, then renames; a file there gets the first of
     the ``older`` names. Raises UserError where that fails; no file has changed then."""
     try:
-        with open(f"{path}.tmp", "wb") as file:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{path}.tmp")
+        with open(f"{path}.tmp", "xb") as file:  # not through a link that is there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -1104,20 +1340,27 @@ def read_checkpoint(path):
     options = {"weights_only": True} if TORCH >= (1, 13) else {"pickle_module": SafePickle}
     try:
         with open(path, "rb") as file:
-            if file.read(2) == b"PK" and zipfile.ZipFile(file).testzip():
-                raise ValueError("a checksum does not match")
+            magic = file.read(2)
+    except OSError as error:
+        raise UserError(f"no checkpoint {path!r} ({error.strerror}): give a file that torch.save "
+                        "wrote")
+    if magic != b"PK" and magic[:1] != b"\x80":  # torch before 1.6 wrote a bare pickle
+        raise UserError(f"{path} is not a checkpoint: it starts with {magic}, expected a file that "
+                        "torch.save wrote")
+    try:
+        if magic == b"PK" and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum does not match")
         checkpoint = torch.load(path, map_location="cpu", **options)
         if not isinstance(checkpoint, dict):
             raise ValueError(f"it holds a {type(checkpoint).__name__}")
         return checkpoint
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint {path!r}: give a file that exists")
     except Exception as error:  # damaged bytes lead to almost any
         code = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and code:
             raise UserError(f"{path} was not loaded: it holds more than tensors and plain values, "
                             f"which could run code ({code.group(1)}). Save its state_dict alone")
-        raise UserError(f"{path} is damaged or not a checkpoint: {first_line(error)}")
+        reason = str(error).rsplit("error: ", 1)[-1]  # torch puts advice to load unsafely before it
+        raise UserError(f"{path} is damaged or not a checkpoint: {first_line(reason)}")
 
 def find_checkpoint(flags):
     """Returns the checkpoint that --resume asks for, and its path; ({}, None) for none."""
@@ -1137,22 +1380,33 @@ def find_checkpoint(flags):
         raise UserError(f"--resume auto: no checkpoint in {flags.output_dir!r} to evaluate")
     return {}, None
 
-def load_weights(model, checkpoint, path, new_classifier=False):
+@contextlib.contextmanager
+def loading(path):
+    """Turns what values of other types than expected lead to into a UserError."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(f"{path} does not hold what a checkpoint of this run holds "
+                        f"({type(error).__name__}: {first_line(error)})")
+
+def load_weights(model, checkpoint, path, classes, new_classifier=False):
     """Loads a checkpoint of this trainer or of the reference, or a plain state dict. Raises
-    UserError where it does not fit. If only the number of classes differs, ``new_classifier``
-    keeps the model's own classifier; a note for the log is returned."""
+    UserError where it does not fit the model or the names of its classes. If only the classes
+    differ, ``new_classifier`` keeps the model's own classifier; a note for the log is returned."""
     state = checkpoint.get("state_dict", checkpoint)
     for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
         if isinstance(state, dict) and all(str(name).startswith(prefix) for name in state):
             state = {name[len(prefix):]: value for name, value in state.items()}
     if not isinstance(state, dict) or not torch.is_tensor(state.get("classifier.1.weight")):
         raise UserError(f"{path} is not a MnasNet checkpoint: it has no classifier.1.weight")
-    classes, note = len(state["classifier.1.weight"]), ""
-    if classes != model.num_classes:
+    check_finite(state, path, "give another file")
+    count, note = len(state["classifier.1.weight"]), ""
+    if count != model.num_classes or checkpoint.get("classes", classes) != classes:
+        other = "other " if count == model.num_classes else ""
         if not new_classifier:
-            raise UserError(f"{path} was trained for {classes} classes, the data has "
+            raise UserError(f"{path} was trained on {count} {other}classes, the data has "
                             f"{model.num_classes}: give the data it was trained on")
-        note = (f": {classes} classes there, {model.num_classes} here, the classifier is "
+        note = (f": {count} {other}classes there, {model.num_classes} here, the classifier is "
                 "re-initialised")
         for name, parameter in model.classifier[1].state_dict().items():
             state[f"classifier.1.{name}"] = parameter
@@ -1164,7 +1418,7 @@ def load_weights(model, checkpoint, path, new_classifier=False):
                         f"with, {arch} ({detail.strip()[:200]})")
     return note
 
-def load_pretrained(model, flags):
+def load_pretrained(model, flags, classes):
     """Loads torchvision's published weights, or those of --weights; returns a line for the log."""
     source = flags.weights or mnasnet.WEIGHTS[flags.arch]
     if flags.weights:
@@ -1176,22 +1430,20 @@ def load_pretrained(model, flags):
                 source, map_location="cpu", progress=False, check_hash=True, **options)
         except Exception as error:  # a damaged file in the cache leads to almost any
             raise UserError(f"can't download {source} ({first_line(error)}): give --weights FILE")
-    return f"=> weights of {source}" + load_weights(model, checkpoint, source, new_classifier=True)
+    note = load_weights(model, checkpoint, source, classes, new_classifier=True)
+    return f"=> weights of {source}{note}"
 
 def restore_ranks(run, checkpoint):
     """Restores what each rank had of its own, or an equal part where their number has changed."""
     stats, totals, size = checkpoint["running_stats"], checkpoint["totals"], run.group.size
-    changes = []
     if len(stats) != size:
-        changes.append(f"{len(stats)} processes, now {size}")
         stats, totals = stats.mean(0).expand(size, -1), (totals.sum(0) / size).expand(size, -1)
     set_running_stats(run.model, stats[run.runtime.rank])
-    run.totals.copy_(totals[run.runtime.rank])
-    sampler = run.train_loader.sampler
-    for name, value in (("seed", run.seed), ("train_images", sampler.count),
-                        ("batch", sampler.total), ("opt_level", run.precision.level)):
-        if checkpoint.get(name) != value:
-            changes.append(f"{name.replace('_', ' ')} {checkpoint.get(name)}, now {value}")
+    if totals.shape[1] == len(run.totals):  # else of an earlier version
+        run.totals.copy_(totals[run.runtime.rank])
+    saved = checkpoint.get("flags", {})
+    changes = [f"{name.replace('_', ' ')} {saved.get(name)}, now {value}"
+               for name, value in settings(run).items() if saved.get(name) != value]
     if changes:
         run.log("=> no longer bit-identical to an uninterrupted run: it had " + "; ".join(changes))
 
@@ -1209,30 +1461,35 @@ def write_metrics(run):
 
 def restore(run, checkpoint, path):
     """Continues from a checkpoint, as far as possible also from one of the reference."""
-    try:
+    with loading(path):
         if "optimizer" in checkpoint:
             load_optimizer_state(run.optimizer, checkpoint["optimizer"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: its optimizer does not fit: {first_line(error)}")
-    if not run.precision.load_state_dict(checkpoint.get("amp")):
-        run.log(f"=> the loss scale of {path} is of another --amp-backend: it is re-initialised")
-    for name in ("epoch", "images", "best_acc1", "history"):
-        setattr(run, name, checkpoint.get(name, getattr(run, name)))
-    if run.images > run.train_loader.sampler.count:
-        raise UserError(f"{path} is {run.images} images into an epoch, and the data has fewer: "
-                        "give the data it was trained on")
-    run.log(f"=> resumed from {path}: epoch {run.epoch}, {run.images} images into it")
-    if "running_stats" in checkpoint:
-        restore_ranks(run, checkpoint)
+        if not run.precision.load_state_dict(checkpoint.get("amp")):
+            run.log(f"=> the loss scale of {path} is of another --amp-backend: it is "
+                    "re-initialised")
+        run.epoch = int(checkpoint.get("epoch", run.epoch))
+        run.images = int(checkpoint.get("images", 0))
+        run.best_acc1 = float(checkpoint.get("best_acc1", 0))
+        run.history = [{name: row[name] + 0 for name in COLUMNS}
+                       for row in checkpoint.get("history", ())]
+        if run.images > run.train_loader.sampler.count:
+            raise UserError(f"{path} is {run.images} images into an epoch, and the data has fewer: "
+                            "give the data it was trained on")
+        run.log(f"=> resumed from {path}: epoch {run.epoch}, {run.images} images into it")
+        if "running_stats" in checkpoint:
+            restore_ranks(run, checkpoint)
     if run.runtime.rank == 0 and run.history:
         write_metrics(run)
 
 @contextlib.contextmanager
 def lock_folder(path):
-    """Creates a folder where it is missing, and holds it for this run alone."""
+    """Creates a folder where it is missing, and holds it for this run alone. Raises UserError
+    where another run does, or nothing can be written."""
     try:
         os.makedirs(path, exist_ok=True)
         folder = os.open(path, os.O_RDONLY)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise UserError(f"can't use --output-dir {path!r}: {error.strerror}")
     try:
@@ -1249,6 +1506,17 @@ def lock_folder(path):
     finally:
         os.close(folder)
 
+def set_results_aside(run):
+    """Moves what an earlier run left in --output-dir into a folder of its own there."""
+    root, results = run.flags.output_dir, r"(checkpoint(-\d+)?|model_best)\.pth\.tar|metrics\.csv"
+    names = [name for name in os.listdir(root) if re.fullmatch(results, name)]
+    if names:
+        folder = os.path.join(root, time.strftime("previous-%Y%m%d-%H%M%S"))
+        os.mkdir(folder)
+        for name in names:
+            os.replace(os.path.join(root, name), os.path.join(folder, name))
+        run.log(f"=> the results of an earlier run are now in {folder}")
+
 def name_bad_images(flags, images, unreadable, total):
     """Names a step's ``unreadable`` images, (index, reason), in the log and in bad_images.txt,
     where they are not yet there. Raises UserError where ``total``, the number in this pass over
@@ -1258,16 +1526,19 @@ def name_bad_images(flags, images, unreadable, total):
         path = images.path(index)
         name = path if path.isprintable() else path.encode("unicode_escape").decode()
         try:
-            with open(listed, "a+", encoding="utf-8", errors="surrogateescape") as file:
+            with open(listed, "a+", encoding="utf-8", errors="surrogateescape",
+                      opener=lambda path, mode: os.open(path, mode | os.O_NOFOLLOW)) as file:
                 file.seek(0)
-                if name not in {line.split("\t")[0] for line in file}:
-                    file.write(f"{name}\t{reason}\n")
-                    print(f"=> can't read {name}: {reason}", flush=True)
+                if name in {line.split("\t")[0] for line in file}:
+                    continue
+                file.write(f"{name}\t{reason}\n")
         except OSError as error:
-            raise UserError(f"can't write {listed}: {first_line(error)}")
+            if not flags.evaluate:  # which writes nothing else
+                raise UserError(f"can't write {listed}: {first_line(error)}")
+        print(f"=> can't read {name}: {reason}", flush=True)
     limit = max(10, len(images) // 1000) if flags.max_bad is None else flags.max_bad
     if total > limit:
-        raise UserError(f"{total} images can't be read, more than --max-bad {limit}: see {listed}")
+        raise UserError(f"{total} images can't be read, more than --max-bad {limit}: see the log")
 
 class EpochMeter:
     """The figures of an epoch. Those of the steps stay on the device until they are printed."""
@@ -1287,14 +1558,17 @@ class EpochMeter:
         return self.time
 
     def update(self, loss, logits, targets):
-        """Adds a step to the run's totals, on the device: loss, top 1, top 5, steps, and losses
-        that are not finite; under a loss scale those in a row."""
-        totals, overflow = self.run.totals, 1 - torch.isfinite(loss).float()
+        """Adds a step to the run's totals, on the device: loss, over images; images whose loss was
+        finite; top 1; top 5; images; and losses that were not finite, under a loss scale those in a
+        row, also over epochs."""
+        totals, count = self.run.totals, len(targets)
+        overflow = 1 - torch.isfinite(loss).float()
         self.figures = torch.stack((loss.float(), *topk_correct(logits, targets)))
-        totals[0] += loss.float().masked_fill(overflow == 1, 0)
-        totals[1:3] += self.figures[1:]
-        totals[3] += 1
-        totals[4] = totals[4] * (overflow if self.run.precision.uses_loss_scale else 1) + overflow
+        totals[0] += count * loss.float().masked_fill(overflow == 1, 0)
+        totals[1] += count * (1 - overflow)
+        totals[2:4] += self.figures[1:]
+        totals[4] += count
+        totals[5] = totals[5] * (overflow if self.run.precision.uses_loss_scale else 1) + overflow
         self.measure(steps=1)
         if self.time[0] == self.warm_up_steps:
             self.run.runtime.synchronize()
@@ -1304,10 +1578,10 @@ class EpochMeter:
         """Raises UserError where losses are not finite; a loss scale allows some of them."""
         run = self.run
         limit = MAX_OVERFLOWS if run.precision.uses_loss_scale else 1
-        if run.totals[4] >= limit:
+        if run.totals[5] >= limit:
             lr = run.optimizer.param_groups[0]["lr"]
             raise UserError(f"the loss is {self.figures[0]} at epoch {run.epoch} step {step} (lr "
-                            f"{lr:.6g}), it was not finite {run.totals[4]:.0f} times. Try a lower "
+                            f"{lr:.6g}), not finite for {run.totals[5]:.0f} steps. Try a lower "
                             "--lr or a longer --warmup")
 
     def print_step(self, step):
@@ -1325,9 +1599,9 @@ class EpochMeter:
         for i, name in ((1, "Time"), (2, "Data")):
             mean = self.time[i] / self.time[0]
             columns.append(f"{name} {interval[i] / interval[0]:6.3f} ({mean:6.3f})")
-        columns.append(f"Loss {figures[0]:.4f} ({totals[0] / totals[3]:.4f})")
+        columns.append(f"Loss {figures[0]:.4f} ({totals[0] / max(1, totals[1]):.4f})")
         for i, name in ((1, "Acc@1"), (2, "Acc@5")):
-            mean = percent * totals[i] / totals[3]
+            mean = 100 * totals[i + 1] / totals[4]
             columns.append(f"{name} {percent * figures[i]:6.2f} ({mean:6.2f})")
         columns.append(f"ETA {datetime.timedelta(seconds=int(steps_left * steady_time))}")
         columns.append(f"FPS {total / step_time:.2f} ( {total / steady_time:.2f} )")
@@ -1341,20 +1615,17 @@ class EpochMeter:
         images = int(steps) * self.sampler.total
         run.steady_images += images
         run.steady_seconds += seconds
-        loss, top1, _, steps, _, data_time = run.group.sum(run.totals.tolist() + [self.time[2]])
+        loss, finite, top1, _, seen, _, data_time = run.group.sum(
+            run.totals.tolist() + [self.time[2]])
         data_wait = float(data_time / run.group.size / self.time[1])
         if data_wait > 0.1:
             run.log(f"=> {100 * data_wait:.0f} % of epoch {run.epoch} was spent waiting "
                     f"for images: raise --workers (now {workers}), or use more or faster cores")
-        return {"train_loss": loss / steps, "fps": images / seconds, "data_wait": data_wait,
-                "train_acc1": 100 * top1 / steps / self.sampler.batch_size,
-                "seconds": float(self.time[1])}
+        return {"train_loss": loss / max(1, finite), "train_acc1": 100 * top1 / seen,
+                "fps": images / seconds, "data_wait": data_wait, "seconds": float(self.time[1])}
 
 
 # --- 8. Training ----------------------------------------------------------------------------------
-
-class Stopped(Exception):
-    """A signal, its first argument, ended the run."""
 
 @dataclass
 class Run:
@@ -1381,8 +1652,12 @@ class Run:
 
     def log(self, text):
         """Prints a line; only rank 0 does."""
-        if self.runtime.rank == 0:
-            print(text, flush=True)
+        try:
+            if self.runtime.rank == 0:
+                print(text, flush=True)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails once more at exit
+            raise UserError(f"can't write to stdout: {error.strerror}")
 
 def train_step(run, images, targets):
     """Takes one optimizer step on images [n, 3, S, S] and targets [n]; returns loss and logits,
@@ -1395,8 +1670,8 @@ def train_step(run, images, targets):
 
 def train_epoch(run):
     """Trains the rest of the epoch; returns its part of a row of metrics.csv. Raises Stopped where
-    a signal has come and the run is saved, UserError where the loss is not finite, too many images
-    are unreadable or a rank does not respond."""
+    a signal has come, UserError where the loss is not finite, too many images are unreadable or a
+    rank does not respond."""
     flags, sampler, data = run.flags, run.train_loader.sampler, run.train_loader.dataset.images
     sampler.epoch, sampler.first_image = run.epoch, run.images
     first, bad = run.images // sampler.total, 0
@@ -1410,7 +1685,9 @@ def train_epoch(run):
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         meter.measure()
+        run.group.waiting = True
         images, targets, unreadable = next(batches)
+        run.group.waiting = False
         meter.measure(waiting=True)
         # Dropout draws the same after a resume, with no generator state in the checkpoint. Not
         # before the batch: a loader that starts draws a number, too.
@@ -1429,10 +1706,10 @@ def train_epoch(run):
             meter.check_loss(step)
         if step % flags.print_freq == 0:
             meter.print_step(step)
-        if signum or due:
-            save(run)
         if signum:
             raise Stopped(signum)
+        if due:
+            save(run)
     return meter.summarize()
 
 def evaluate(run, model):
@@ -1449,7 +1726,9 @@ def evaluate(run, model):
     begin = time.monotonic()
     batches = prefetch(run.val_loader, run.runtime, run.precision.input_dtype)
     for step in range(len(sampler)):
+        run.group.waiting = True
         images, targets, unreadable = next(batches, (None, (), ()))
+        run.group.waiting = False
         if len(targets):
             with no_grad(), run.precision.autocast():
                 logits = model(images).float()
@@ -1474,6 +1753,8 @@ def evaluate(run, model):
     acc1, acc5 = 100 * top1 / seen, 100 * top5 / seen
     run.log(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} "
             f"({top1:.0f} and {top5:.0f} of {seen:.0f} images)")
+    if not math.isfinite(loss) and flags.evaluate:
+        raise UserError(f"the loss is {loss}: the accuracy of such a model means nothing")
     return loss / max(1, readable), acc1, acc5, seen / (time.monotonic() - begin)
 
 def print_result(run, acc1, acc5, fps, loss):
@@ -1483,9 +1764,9 @@ def print_result(run, acc1, acc5, fps, loss):
 def train(run):
     """Trains the epochs that are left; after each it evaluates and saves."""
     while run.epoch < run.flags.epochs:
-        row = train_epoch(run)
-        average_running_stats(run.model, run.group)
         try:
+            row = train_epoch(run)
+            average_running_stats(run.model, run.group)
             row["val_loss"], row["acc1"], row["acc5"], _ = evaluate(run, run.model)
         except Stopped:
             save(run)
@@ -1495,7 +1776,7 @@ def train(run):
         run.best_acc1 = max(row["acc1"], run.best_acc1)
         run.history = run.history + [row]
         run.epoch, run.images = run.epoch + 1, 0
-        run.totals.zero_()
+        run.totals[:5].zero_()
         save(run, best)
         if run.runtime.rank == 0:
             write_metrics(run)
@@ -1537,13 +1818,18 @@ def profile(run):
 
 # --- 9. Entry -------------------------------------------------------------------------------------
 
-def build_run(flags, runtime, group, notes, checkpoint, path):
-    """Returns a run with its model, filled from what was asked for, and its loaders."""
-    drawn = random.SystemRandom().randrange(2 ** 31)
-    seed = checkpoint.get("seed", drawn) if flags.seed is None else flags.seed
-    seed = int(group.gather(torch.tensor([seed]))[0])
+def agree_on_seed(flags, group, seed, data):
+    """Returns rank 0's seed. Raises UserError where the ranks differ in flags or ``data``."""
+    names = sorted(set(vars(flags)) - UNRELATED - {"device", "seed"})
+    described = repr([data] + [getattr(flags, name) for name in names])
+    seeds, sums = group.gather(torch.tensor([seed, zlib.crc32(described.encode())])).t().tolist()
+    if len(set(sums)) > 1:
+        raise UserError("the ranks differ in their flags or their data: start all with the same")
+    return seeds[0]
+
+def seed_everything(seed, deterministic):
+    """Seeds torch; its operators also become deterministic where the user gave the seed."""
     torch.manual_seed(seed)
-    deterministic = flags.seed is not None
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic and TORCH >= (1, 8):
@@ -1551,7 +1837,26 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
         torch.use_deterministic_algorithms(True)
     if deterministic and TORCH >= (2, 2):
         torch.utils.deterministic.fill_uninitialized_memory = False  # no such memory is read here
+
+def open_tensorboard(folder):
+    """Returns a SummaryWriter."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(folder)
+    except ImportError:
+        raise UserError("--tensorboard needs its package: pip install tensorboard")
+    except OSError as error:
+        raise UserError(f"can't write to --tensorboard {folder!r}: {error.strerror}")
+
+def build_run(flags, runtime, group, notes, checkpoint, path):
+    """Returns a run with its model, filled from what was asked for, and its loaders."""
     train_images, val_images = open_images(flags)
+    classes = val_images.classes
+    with loading(path):
+        drawn = int(checkpoint.get("seed", random.SystemRandom().randrange(2 ** 31)))
+    seed = agree_on_seed(flags, group, drawn if flags.seed is None else flags.seed,
+                         (classes, len(val_images), len(train_images or ())))
+    seed_everything(seed, deterministic=flags.seed is not None)
     precision = Precision(flags, runtime)
     batch_size = flags.batch_size // runtime.local_size
     workers = cores_per_process(runtime.local_size) if flags.workers is None else flags.workers
@@ -1559,26 +1864,25 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
     if total < 1 or (train_images and total > available):
         raise UserError(f"--batch-size {flags.batch_size} gives steps of {total} images: expected "
                         f"1 for each process to {available}")
-    model = build_model(flags, runtime, len(val_images.classes), precision.conv_dtype)
+    model = build_model(flags, runtime, len(classes), precision.conv_dtype)
     val_loader = make_loader(val_images, flags, runtime, batch_size, workers)
     run = Run(flags, runtime, group, precision, model, val_loader, seed, epoch=flags.start_epoch,
-              totals=torch.zeros(5, device=runtime.device))
+              totals=torch.zeros(6, device=runtime.device))
     run.log(f"=> {flags.arch} on {runtime.device}{notes}, {group.size} process(es) with batch size "
             f"{batch_size}, {workers} worker(s) each, {precision}, seed {seed}")
-    if flags.pretrained:
-        run.log(load_pretrained(model, flags))
-    if path:
-        load_weights(model, checkpoint, path)
-        if checkpoint.get("classes", val_images.classes) != val_images.classes:
-            raise UserError(f"{path} was trained on other classes than the data has: give its data")
+    if flags.synthetic and flags.data:
+        run.log(f"=> --synthetic: {flags.data} is not read")
+    with loading(path or flags.weights or flags.arch):
+        if path:
+            load_weights(model, checkpoint, path, classes)
+        elif flags.pretrained:
+            run.log(load_pretrained(model, flags, classes))
+    if path and flags.pretrained:
+        run.log(f"=> --resume {path} wins over --pretrained")
     if train_images:
         run.train_loader = make_loader(train_images, flags, runtime, batch_size, workers, seed)
     if flags.tensorboard and runtime.rank == 0:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs its package: pip install tensorboard")
-        run.tensorboard = SummaryWriter(flags.tensorboard)
+        run.tensorboard = open_tensorboard(flags.tensorboard)
     return run
 
 def run_training(flags, runtime, group, notes):
@@ -1587,17 +1891,21 @@ def run_training(flags, runtime, group, notes):
     run = build_run(flags, runtime, group, notes, checkpoint, path)
     parameters = run.precision.prepare(run.model)
     if flags.evaluate:
-        group.handle_signals()
-        loss, acc1, acc5, fps = evaluate(run, run.model)
+        run.model, _ = run.precision.initialize(run.model)
+        with group.handle_signals(None):
+            loss, acc1, acc5, fps = evaluate(run, run.model)
         return print_result(run, acc1, acc5, fps, loss)
     optimizer = build_optimizer(flags, runtime, run.precision, parameters)
     run.model, run.optimizer = run.precision.initialize(run.model, optimizer)
     run.train_model = wrap_for_training(run.model, flags, runtime, run.precision)
     with lock_folder(flags.output_dir) if runtime.rank == 0 else contextlib.nullcontext():
+        own = path and os.path.samefile(os.path.dirname(path) or ".", flags.output_dir)
+        if runtime.rank == 0 and not own and not flags.run_prof:
+            set_results_aside(run)
         if path:
             restore(run, checkpoint, path)
-        group.handle_signals()
-        return profile(run) if flags.run_prof else train(run)
+        with group.handle_signals(checkpoint_path(flags)):
+            return profile(run) if flags.run_prof else train(run)
 
 def main_worker(flags, backend, notes):
     """Runs one process, from its device to its exit status."""
@@ -1607,19 +1915,23 @@ def main_worker(flags, backend, notes):
     try:
         with group.name_silent_ranks():
             run_training(flags, runtime, group, notes)
+        status = 128 + group.signal if group.signal else 0  # one that came too late to stop it
     except Stopped as stopped:
         signum = stopped.args[0]
         status = 128 + signum
+        end_loaders()
         if runtime.rank == 0:
             saved = "" if flags.evaluate else ", saved; --resume auto continues from here"
             print(f"=> {signal.Signals(signum).name}: stopped{saved}", file=sys.stderr, flush=True)
     except Exception as error:
         status = 1
-        end_loaders()  # torch 1.8 waits for one that hangs
-        if not isinstance(error, UserError):
+        end_loaders()  # torch waits for one that hangs
+        sys.unraisablehook = lambda unraisable: None  # and complains of one that is half made
+        text = str(error) if isinstance(error, UserError) else machine_error(error)
+        if text:
+            group.report(text)
+        else:
             traceback.print_exc()
-        elif group.is_first_to_report():
-            print_error(error, runtime.rank if group.size > 1 else None)
     if group.size > 1:
         if status:  # other ranks may be gone, and torch would wait for them
             sys.stdout.flush()
@@ -1632,6 +1944,8 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = parse_args(argv)
     try:
+        if sys.stdout is None:  # the next file that is opened would receive what C code prints
+            raise UserError("stdout is closed: send it to a file or to /dev/null")
         backend, notes = select_backend(flags)
         if flags.multiprocessing_distributed:
             flags.device_list = select_cards(flags, backend)
@@ -1639,11 +1953,9 @@ def main(argv=None):
                 open_images(flags)  # one message for a mistake, before starting the processes
                 return launch(flags, argv, backend)
         return main_worker(flags, backend, notes)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print_error(error)
         return 1
-    except KeyboardInterrupt:
-        return 130
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,9 +2,9 @@
 
     python tools/check_data.py DIR [-j N]
 
-It prints ``bad: PATH<tab>REASON`` for each on stdout, and the progress on stderr. It ends with
-status 0; with 1 if there is such an image or the folder is incomplete, with 2 for an invalid
-command line.
+It prints ``bad: PATH<tab>REASON`` for each on stdout, also for each class folder that only one of
+train/ and val/ has, and the progress on stderr. It ends with status 0; with 1 if it found something
+or the folder is incomplete, with 2 for an invalid command line.
 """
 
 import argparse
@@ -17,6 +17,15 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.p
 import torch
 
 import main as trainer
+
+
+def check_classes(train, val):
+    """Names the class folders that only one split has, and returns how many there are."""
+    for images, other in ((train, val), (val, train)):
+        for name in sorted(set(images.classes) - set(other.classes)):
+            path = os.path.join(images.root, name)
+            print(f"bad: {ascii(path)[1:-1]}\tclass folder missing in {other.root}")
+    return len(set(train.classes) ^ set(val.classes))
 
 
 def check(name, images, flags):
@@ -47,13 +56,15 @@ def main():
     flags = trainer.parse_args([arguments.data])
     flags.workers = arguments.workers
     try:
-        train, val = trainer.open_images(flags)
+        train, val = [trainer.ImageFolder(os.path.join(arguments.data, split))
+                      for split in ("train", "val")]
+        different = check_classes(train, val)
         bad = check("train", train, flags) + check("val", val, flags)
-    except trainer.UserError as error:
+    except (trainer.UserError, RuntimeError) as error:  # torch's is of a loader that hangs
         trainer.print_error(error)
         return 1
     print(f"{bad} bad image(s)")
-    return 1 if bad else 0
+    return 1 if bad or different else 0
 
 
 if __name__ == "__main__":

@@ -9,9 +9,17 @@ scaler and metrics.csv are equal to the last bit. The exit status is 1 if anythi
 
     python test/unit/fault_injection.py --kills 20 --signal KILL
     python test/unit/fault_injection.py --kills 10 --signal TERM --script
+
+With --moments start a new run receives a random one of the signals that main.py handles, at a
+random moment from its start to its second epoch, --kills times. Every run has to end with the
+status of its signal, without a traceback, and to leave no process, nothing in /dev/shm and nothing
+in the temporary directory.
+
+    python test/unit/fault_injection.py --moments start --kills 100
 """
 
 import argparse
+import math
 import os
 import pathlib
 import random
@@ -26,6 +34,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+import main as trainer
 from helpers import (ROOT, SMALL, TINY, command_line, folders_differ, main_command, make_images,
                      parent, processes_of, several)
 
@@ -39,6 +48,7 @@ class Outcome:
     longest_exit: float = 0.0  # seconds
     left_running: int = 0
     left_in_shared_memory: int = 0
+    left_in_temporary: int = 0
     problems: list = field(default_factory=list)
 
 
@@ -159,11 +169,52 @@ def compare_runs(flags, data, folder, processes, level, rng):
     return outcome
 
 
+def left_behind():
+    """The blocks of shared memory that nobody owns, and what runs put into the temporary folder."""
+    blocks = {name for name in os.listdir("/dev/shm") if not has_owner(name)}
+    names = {name for name in os.listdir(tempfile.gettempdir())
+             if re.match("mnasnet-|pymp-", name)}
+    return blocks, names
+
+
+def signal_starts(flags, folder, processes):
+    """Signals new runs at random moments of their start: the Outcome."""
+    data, runs, rng = folder / "data", folder / "runs", random.Random(flags.seed)
+    make_images(data)
+    runs.mkdir()
+    ranks = several(processes) if processes > 1 else []
+    line = main_command(data, "--epochs", 10000, "--workers", 2, *ranks)
+    outcome, length, before = Outcome(), math.inf, left_behind()
+    while outcome.stopped < flags.kills:
+        (runs / "log.txt").write_text("")
+        run = start_logged(line, runs)
+        begin = time.monotonic()
+        if outcome.stopped == 0:  # the first run shows how long a start takes
+            while "Epoch: [1][" not in read_log(runs) and run.poll() is None:
+                time.sleep(0.1)
+            length = time.monotonic() - begin
+        else:  # Python itself needs the first tenth of a second
+            time.sleep(rng.uniform(0.1, 1.2 * length))
+        signum = rng.choice(trainer.SIGNALS)
+        seconds = stop(run, runs, signum, rng, at_a_rank=False)
+        outcome.stopped += 1
+        outcome.longest_exit = max(outcome.longest_exit, seconds or 0)
+        outcome.left_running += len(processes_of(runs))
+        log = read_log(runs)
+        if run.returncode not in (-signum, 128 + signum) or "Traceback" in log or "error:" in log:
+            outcome.problems.append(f"{signum.name}: status {run.returncode}, {log[-200:]}")
+    after = left_behind()
+    outcome.left_in_shared_memory = len(after[0] - before[0])
+    outcome.left_in_temporary = len(after[1] - before[1])
+    return outcome
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--kills", type=int, default=20, help="stops for each case")
     add("--signal", choices=["KILL", "TERM", "USR1", "INT"], default="KILL")
+    add("--moments", choices=["run", "start"], default="run", help="when to stop the runs")
     add("--script", action="store_true", help="run, and signal, the launch script, not main.py")
     add("--rank", action="store_true", help="signal one of several ranks, not the command")
     add("--processes", type=int, nargs="+", default=[1, 2])
@@ -179,18 +230,24 @@ def main(argv=None):
     folder = pathlib.Path(tempfile.mkdtemp(prefix="fault injection "))
     try:
         make_images(folder / "data")
-        print(f"torch {torch.__version__}, SIG{flags.signal}")
-        print("processes  level  stopped  resumed  longest exit s  left running  left in /dev/shm  "
-              "result", flush=True)
+        at_start = flags.moments == "start"
+        print(f"torch {torch.__version__}, {'signals' if at_start else f'SIG{flags.signal}'}")
+        print("processes  level  stopped  resumed  longest exit s  left running, in /dev/shm, in "
+              "the temporary folder  result", flush=True)
         for processes in flags.processes:
-            for level in flags.levels:
+            for level in ["O0"] if at_start else flags.levels:
                 runs = folder / f"{processes} {level}"
-                case = compare_runs(flags, folder / "data", runs, processes, level, rng)
-                result = "; ".join(case.problems[:5]) or "equal"
-                failed |= bool(case.problems or case.left_running or case.left_in_shared_memory)
+                if at_start:
+                    runs.mkdir()
+                    case = signal_starts(flags, runs, processes)
+                else:
+                    case = compare_runs(flags, folder / "data", runs, processes, level, rng)
+                result = "; ".join(case.problems[:5]) or ("as expected" if at_start else "equal")
+                left = (case.left_running, case.left_in_shared_memory, case.left_in_temporary)
+                failed |= bool(case.problems or any(left))
                 print(f"{processes:9}  {level:>5}  {case.stopped:7}  {case.resumed:7}  "
-                      f"{case.longest_exit:14.1f}  {case.left_running:12}  "
-                      f"{case.left_in_shared_memory:16}  {result}", flush=True)
+                      f"{case.longest_exit:14.1f}  {left[0]}, {left[1]}, {left[2]}  {result}",
+                      flush=True)
     finally:
         shutil.rmtree(str(folder), ignore_errors=True)
     return int(failed)

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import socket
+import struct
 import subprocess
 import sys
 
@@ -153,6 +154,12 @@ def make_images(folder, train=20, val=4, classes=4):
             class_folder.mkdir(parents=True)
             for index in np.flatnonzero(labels == label)[:count]:
                 Image.fromarray(images[index]).save(str(class_folder / f"{index}.jpg"), quality=95)
+
+
+def claim_size(jpeg, width, height):
+    """A JPEG file whose header claims another size than its data has."""
+    start = jpeg.index(b"\xff\xc0") + 5  # after marker, length and precision
+    return jpeg[:start] + struct.pack(">HH", height, width) + jpeg[start + 4:]
 
 
 def differences(one, other, name="checkpoint"):

@@ -34,8 +34,11 @@ def save_by_pickle(value, path):
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch, save):
     monkeypatch.chdir(tmp_path)
     save({"state_dict": Code()}, "bad.pth")
-    with pytest.raises(main.UserError, match="bad.pth"):
+    with pytest.raises(main.UserError, match="bad.pth") as raised:
         main.read_checkpoint("bad.pth")
+    error = str(raised.value)
+    assert "io.open)" in error or save is save_by_pickle  # whose protocol torch refuses first
+    assert "weights_only" not in error and error.count("\n") == 0
     assert not (tmp_path / "ran").exists()
 
 
@@ -153,7 +156,7 @@ def test_a_checkpoint_of_other_classes_is_refused(images, trained, run_here, tmp
     for purpose in ([], ["-e"]):
         path = trained[0] / "checkpoint.pth.tar"
         error = the_error(run_here("data", "--resume", path, *purpose))
-        assert "was trained on other classes" in error
+        assert "was trained on 4 other classes" in error
 
 
 @pytest.mark.parametrize("content", [{"state_dict": [1]}, {}], ids=["a list", "empty"])
@@ -163,14 +166,105 @@ def test_a_file_without_a_state_dict_is_refused(run_here, content):
     assert "file.pth is not a MnasNet checkpoint" in error
 
 
-def test_pretrained_weights_of_other_classes_train(images, run_here):
-    torch.save(mnasnet.mnasnet0_5(num_classes=7).state_dict(), "seven.pth")
-    result = run_here(images, "--epochs", 1, "--pretrained", "--weights", "seven.pth")
+@pytest.mark.parametrize("classes,note", [
+    (list("abcdefg"), "7 classes there, 4 here"), (list("abcd"), "4 other classes there, 4 here")])
+def test_pretrained_weights_of_other_classes_train(images, run_here, classes, note):
+    state = mnasnet.mnasnet0_5(num_classes=len(classes)).state_dict()
+    torch.save({"state_dict": state, "classes": classes}, "other.pth")
+    result = run_here(images, "--epochs", 1, "--pretrained", "--weights", "other.pth", "--lr", 0)
     assert len(losses(result)) == 4
-    note = "seven.pth: 7 classes there, 4 here, the classifier is re-initialised"
-    assert note in result.stdout
+    assert f"other.pth: {note}, the classifier is re-initialised" in result.stdout
+    trained = main.read_checkpoint("checkpoint.pth.tar")["state_dict"]
+    assert torch.equal(trained["layers.0.weight"], state["layers.0.weight"])
+    assert not torch.equal(trained["classifier.1.weight"], state["classifier.1.weight"][:4])
     missing = run_here(images, "--pretrained", "--weights", "none.pth")
     assert "no checkpoint 'none.pth'" in the_error(missing)
+
+
+@pytest.mark.parametrize("name", ["layers.0.weight", "layers.1.running_var"])
+def test_weights_that_are_not_finite_are_refused(images, trained, run_here, name):
+    checkpoint = read_checkpoint(trained[0])
+    checkpoint["state_dict"][name][0] = float("nan")
+    torch.save(checkpoint, "nan.pth")
+    for purpose in (["-e", "--resume"], ["--resume"], ["--pretrained", "--weights"]):
+        error = the_error(run_here(images, "--epochs", 3, *purpose, "nan.pth"))
+        assert f"nan.pth holds values that are not finite ({name})" in error
+
+
+def test_an_evaluation_whose_loss_is_not_finite_is_an_error(images, trained, run_here):
+    checkpoint = read_checkpoint(trained[0])
+    checkpoint["state_dict"]["classifier.1.bias"][0] = 3e38
+    checkpoint["state_dict"]["classifier.1.weight"] *= 1e38
+    torch.save(checkpoint, "large.pth")
+    result = run_here(images, "-e", "--resume", "large.pth")
+    assert "the loss is" in the_error(result) and "Result:" not in result.stdout
+
+
+def test_a_model_that_is_not_finite_is_not_saved(images, run_here, tmp_path):
+    """Where the statistics of BatchNorm became infinite, though no loss was."""
+    state = mnasnet.mnasnet0_5(num_classes=4).state_dict()
+    state["layers.0.weight"] *= 1e25
+    torch.save(state, "huge.pth")
+    error = the_error(run_here(images, "--epochs", 1, "--lr", 0, "--pretrained", "--weights",
+                               "huge.pth"))
+    assert "the model holds values that are not finite" in error
+    assert not list(tmp_path.glob("*.pth.tar"))
+
+
+@pytest.mark.parametrize("name,value", [
+    ("epoch", "two"), ("images", [1]), ("best_acc1", {}), ("history", [{"epoch": 0}]),
+    ("history", 5), ("seed", "x"), ("running_stats", torch.zeros(1, 3)), ("totals", 1),
+    ("optimizer", [1]), ("amp", 7), ("flags", "none"), ("state_dict", {"classifier.1.weight": 1})])
+def test_values_of_other_types_are_refused(images, trained, run_here, name, value):
+    checkpoint = read_checkpoint(trained[0])
+    checkpoint[name] = value
+    torch.save(checkpoint, "odd.pth")
+    assert "odd.pth" in the_error(run_here(images, "--epochs", 3, "--resume", "odd.pth"))
+
+
+def test_files_that_are_no_checkpoints_are_called_what_they_are(run_here, tmp_path):
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    (tmp_path / "folder").mkdir()
+    for name, words in [("text.pth", "text.pth is not a checkpoint: it starts with b'no'"),
+                        ("folder", "no checkpoint 'folder' (Is a directory)")]:
+        error = the_error(run_here("--synthetic", 16, "-e", "--resume", name))
+        assert words in error and "weights_only" not in error
+
+
+def test_a_run_from_scratch_sets_older_results_aside(images, trained, run_here, tmp_path):
+    for name in ("model_best.pth.tar", "checkpoint.pth.tar", "metrics.csv"):
+        shutil.copy(str(trained[0] / name), str(tmp_path))
+    (tmp_path / "other.pth.tar").write_text("of someone else")
+    result = run_here(images, "--epochs", 1)
+    folder, = tmp_path.glob("previous-*")
+    assert f"=> the results of an earlier run are now in ./{folder.name}" in result.stdout
+    for name in ("model_best.pth.tar", "checkpoint.pth.tar", "metrics.csv"):
+        assert (folder / name).read_bytes() == (trained[0] / name).read_bytes()
+    assert (tmp_path / "other.pth.tar").exists() and read_checkpoint(tmp_path)["epoch"] == 1
+    losses(run_here(images, "--epochs", 2, "--resume", "auto"))
+    assert list(tmp_path.glob("previous-*")) == [folder]  # a resumed run moves nothing
+
+
+def test_what_a_resumed_run_changes_is_said(images, trained, run_here):
+    path = trained[0] / "checkpoint-1.pth.tar"  # a batch of 8, in the middle of an epoch
+    result = run_here(images, "--resume", path, "--epochs", 3, "-b", 4, "--wd", 0.5, "--lr", 0.2)
+    line = next(line for line in result.stdout.splitlines() if "no longer bit-identical" in line)
+    for change in ("epochs 2, now 3", "batch size 8, now 4", "wd 0.0001, now 0.5",
+                   "lr 0.001, now 0.2", "bn momentum 0.9, now 0.1"):
+        assert change in line
+    assert "workers" not in line and "print freq" not in line
+
+
+def test_the_training_accuracy_counts_images(images, trained, run_here, tmp_path):
+    """Also where a run resumed in the middle of an epoch with another batch size."""
+    checkpoint = read_checkpoint(trained[0], "checkpoint-1.pth.tar")
+    checkpoint["images"] = 16  # of 32, two steps of 8, of which half the images were correct
+    checkpoint["totals"] = torch.tensor([[16 * 1.5, 16, 8, 16, 16, 0.]])
+    torch.save(checkpoint, "half.pth")
+    losses(run_here(images, "--resume", "half.pth", "--epochs", 2, "-b", 2, "--lr", 0))
+    row = read_checkpoint(tmp_path)["history"][-1]
+    correct = row["train_acc1"] / 100 * 32
+    assert abs(correct - round(correct)) < 1e-4 and 8 <= round(correct) <= 24
 
 
 def test_pretrained_weights_evaluate(images, trained, run_here):
@@ -186,6 +280,7 @@ def test_published_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):
     digest = hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()[:10]
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     model, flags = mnasnet.mnasnet0_5(num_classes=3), parse("--pretrained")
+    classes = ["a", "b", "c"]
 
     def publish(name):
         shutil.copy(str(tmp_path / "weights"), str(tmp_path / name))
@@ -193,9 +288,9 @@ def test_published_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):
 
     publish("net-0000000000.pth")
     with pytest.raises(main.UserError, match="--weights FILE"):
-        main.load_pretrained(model, flags)
+        main.load_pretrained(model, flags, classes)
     publish(f"net-{digest}.pth")
-    main.load_pretrained(model, flags)
+    main.load_pretrained(model, flags, classes)
     (tmp_path / f"net-{digest}.pth").unlink()
-    main.load_pretrained(model, flags)
+    main.load_pretrained(model, flags, classes)
     assert differences(dict(model.state_dict()), dict(state)) == []

@@ -5,15 +5,15 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import main
-from helpers import (ROOT, STEADY, counts, cpu_runtime, differences, losses, parse, read_checkpoint,
-                     run_main, the_error)
+from helpers import (ROOT, STEADY, claim_size, counts, cpu_runtime, differences, losses, parse,
+                     read_checkpoint, run_main, the_error)
 
 
 @pytest.fixture
@@ -127,6 +127,83 @@ def test_broken_images_are_refused(images, tmp_path, content):
         read(path)
 
 
+@pytest.mark.parametrize("with_torch", [True, False], ids=["torchvision", "Pillow"])
+def test_a_jpeg_that_claims_too_many_pixels_is_refused(images, tmp_path, monkeypatch, with_torch):
+    if not with_torch:
+        monkeypatch.setattr(main, "jpeg_decoder", lambda: None)
+    whole = next((images / "val" / "class 0").iterdir()).read_bytes()
+    assert main.jpeg_pixels(whole) == 28 * 28
+    path = tmp_path / "bomb.jpg"
+    path.write_bytes(claim_size(whole, 65500, 65500))
+    with pytest.raises(OSError, match="pixels"):
+        read(path)
+    Image.new("RGB", (40, 30)).save(str(path), quality=95, progressive=True)
+    assert main.jpeg_pixels(path.read_bytes()) == 1200 and read(path).max() <= 1
+    for content in (b"", b"\xff\xd8", b"\xff\xd8\xff", b"\xff\xd8" + b"\xff\xe0\0\x04ab" * 3):
+        assert main.jpeg_pixels(content) == 0
+
+
+PEAK = """
+import resource, sys, main
+for path in sys.argv[1:]:
+    try:
+        main.read_image(path, lambda w, h: main.resize_center_crop(w, h, 256, 224), 224)
+        print("read")
+    except OSError as error:
+        print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_odd_images_take_less_than_1_5_gigabytes(tmp_path):
+    side = int(main.MAX_PIXELS ** 0.5)
+    for mode, name, size in [
+            ("RGB", "photo.png", side), ("RGBA", "clear.png", side), ("I;16", "deep.png", side),
+            ("LA", "grey.png", 6600), ("CMYK", "print.tif", side), ("RGB", "photo.jpg", 13300),
+            ("RGB", "photo.webp", 6600), ("LA", "large.png", 7000), ("RGB", "large.webp", 7000),
+            ("RGB", "large.png", side + 100)]:
+        image = Image.new(mode, (size, size))
+        options = {"compression": "tiff_lzw"} if name.endswith("tif") else {"compress_level": 1}
+        image.save(str(tmp_path / name), method=0, **options)
+        done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / name)], cwd=str(ROOT),
+                              stdout=subprocess.PIPE, universal_newlines=True, timeout=300)
+        said, megabytes = done.stdout.splitlines()
+        assert said == "read" or "large" in name and "pixels, at most" in said, (name, said)
+        assert int(megabytes) < 1500, (name, megabytes)
+
+
+def test_a_link_to_a_folder_above_is_not_followed(images, tmp_path):
+    shutil.copytree(str(images / "val"), str(tmp_path / "val"))
+    folder = tmp_path / "val" / "class 0"
+    (folder / "loop").symlink_to(folder)
+    (folder / "below").mkdir()
+    (folder / "below" / "up").symlink_to(tmp_path / "val")
+    (folder / "other").symlink_to(images / "train" / "class 0")  # no loop: followed
+    found = main.ImageFolder(str(tmp_path / "val"))
+    extra = len(list((images / "train" / "class 0").iterdir()))
+    assert len(found) == len(main.ImageFolder(str(images / "val"))) + extra
+
+
+def test_a_folder_that_can_not_be_read_is_named(images, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("class 2"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(main.UserError, match="can't read '.*class 2': Permission denied"):
+        main.ImageFolder(str(images / "val"))
+
+
+def test_the_reason_of_an_unknown_format_names_no_object(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"<html>")
+    with pytest.raises(OSError, match="^not an image of a format that Pillow knows$"):
+        read(tmp_path / "a.jpg")
+
+
 def test_a_file_that_is_not_regular_is_refused(tmp_path):
     os.mkfifo(str(tmp_path / "pipe.jpg"))
     (tmp_path / "folder.jpg").mkdir()
@@ -148,15 +225,16 @@ def test_an_image_that_can_not_be_read(images, data, seed):
     with open(folder.path(9), "wb") as file:
         file.write(b"<html>")
     indices = np.arange(7, 11)
-    batch, labels, unreadable = main.ImageBatches(folder, parse(), seed)[0, indices]
-    whole = main.ImageBatches(main.ImageFolder(str(images / "train")), parse(), seed)[0, indices]
+    batch, labels, unreadable = main.ImageBatches(folder, parse(), seed)[0, 0, indices]
+    good = main.ImageFolder(str(images / "train"))
+    whole = main.ImageBatches(good, parse(), seed)[0, 0, indices]
     assert [index for index, _ in unreadable] == [9] and unreadable[0][1].count("\n") == 0
     others = [0, 1, 3]
-    assert torch.equal(batch[others], whole[0][others]) and whole[2] == []
+    assert np.array_equal(batch[others], whole[0][others]) and whole[2] == []
     if seed is None:  # no prediction is right
         assert labels.tolist() == [0, 1, -1, 1]
     else:  # another image of its class
-        assert labels.tolist() == [0, 1, 1, 1] and batch[2].float().std() > 0
+        assert labels.tolist() == [0, 1, 1, 1] and batch[2].std() > 0
 
 
 @pytest.mark.slow
@@ -178,7 +256,7 @@ def test_evaluation_takes_every_image_once(world, batch):
     assert len({len(sampler) for sampler in samplers}) == 1
     taken = [list(sampler) for sampler in samplers]
     assert all(len(batches) <= len(samplers[0]) for batches in taken)
-    seen = [index for batches in taken for _, indices in batches for index in indices]
+    seen = [index for batches in taken for _, _, indices in batches for index in indices]
     assert sorted(seen) == list(range(31))
 
 
@@ -188,7 +266,7 @@ def steps_of(world, batch, first_image=0):
     for rank in range(world):
         sampler = main.BatchSampler(40, batch, cpu_runtime(rank, world), seed=3)
         sampler.epoch, sampler.first_image = 5, first_image
-        ranks.append([list(indices) for _, indices in sampler])
+        ranks.append([list(indices) for _, _, indices in sampler])
     return [sum(step, []) for step in zip(*ranks)]
 
 
@@ -199,10 +277,31 @@ def test_the_order_of_training_resumes_within_an_epoch_and_does_not_depend_on_th
     assert sorted(sum(whole, [])) == list(range(40)) != sum(whole, [])
 
 
-def test_the_result_does_not_depend_on_the_workers(images, trained, tmp_path):
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_result_does_not_depend_on_the_workers(images, trained, tmp_path, workers):
     arguments = [images, "--epochs", 2, "--seed", 1, *STEADY]
-    losses(run_main(*arguments, "--workers", 0, cwd=tmp_path))
+    losses(run_main(*arguments, "--workers", workers, cwd=tmp_path))
     assert differences(read_checkpoint(trained[0]), read_checkpoint(tmp_path)) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("seed", [4, None], ids=["training", "evaluation"])
+def test_batches_of_loader_processes_are_those_of_none(images, workers, seed):
+    """Over two epochs, a slow consumer, a full ring, and in evaluation an odd last batch."""
+    folder, flags = main.ImageFolder(str(images / "val")), parse("--dist-timeout", 60)
+    loader, alone = [main.make_loader(folder, flags, cpu_runtime(), 2, number, seed)
+                     for number in (workers, 0)]
+    for epoch in range(2):
+        loader.sampler.epoch = alone.sampler.epoch = epoch
+        batches = iter(loader)
+        first = next(batches)
+        count = 0
+        for expected in alone:
+            time.sleep(0.02 * (count % 3 == 0))
+            second = next(batches, None)  # asked for while the first is in use
+            assert [a.equal(b) for a, b in zip(first[:2], expected[:2])] == [True, True]
+            first, count = second, count + 1
+        assert first is None and count == len(loader.sampler)
 
 
 KEPT_LOADER = """

@@ -22,9 +22,10 @@ from PIL import Image
 
 import fault_injection
 import main
-from helpers import (ROOT, SMALL, TINY, differences, finish, folders_differ, free_port,
-                     main_command, make_images, needs_bf16, parent, processes_of, read_checkpoint,
-                     read_until, run_main, several, start, start_main, the_error, torchrun)
+from helpers import (ROOT, SMALL, TINY, claim_size, counts, differences, finish, folders_differ,
+                     free_port, main_command, make_images, needs_bf16, parent, processes_of,
+                     read_checkpoint, read_until, run_main, several, start, start_main, the_error,
+                     torchrun)
 
 ENDLESS = ["--epochs", 10000]  # so that the run can't end before a test disturbs it
 
@@ -133,6 +134,56 @@ def test_a_loader_that_hangs_is_one_line(images, tmp_path):
     out = run.communicate(timeout=300)[0]
     assert run.returncode == 1 and out.count("main.py: error: DataLoader timed out") == 1, out
     assert "Traceback" not in out and wait_for(lambda: not processes_of(tmp_path))
+
+
+@pytest.mark.parametrize("killed", [1, 2])
+def test_a_loader_that_is_killed_is_one_line(images, tmp_path, killed):
+    run = start_main(images, *ENDLESS, "--workers", 2, cwd=tmp_path)
+    read_until(run, r"^Epoch: \[0\]\[1/")
+    loaders = [pid for pid in processes_of(tmp_path) if parent(pid) == run.pid]
+    for pid in loaders[:killed]:
+        os.kill(pid, signal.SIGKILL)
+    out = run.communicate(timeout=120)[0]
+    assert run.returncode == 1 and out.count("main.py: error: DataLoader worker") == 1, out
+    assert "Traceback" not in out and wait_for(lambda: not processes_of(tmp_path))
+
+
+@pytest.mark.parametrize("files", [16, 20, 24])
+def test_a_small_limit_of_open_files_is_one_line(images, tmp_path, files):
+    command = ["sh", "-c", f"ulimit -n {files}; exec \"$@\"", "-"]
+    result = subprocess.run(
+        command + main_command(images, "--epochs", 1, "--workers", 2), cwd=str(tmp_path),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=300)
+    if result.returncode:
+        assert "Too many open files" in the_error(result)
+
+
+@pytest.mark.parametrize("size", ["4k", "1m"])
+def test_a_small_dev_shm(images, tmp_path, size):
+    """Loaders hand over images through memory that has no name there; only locks have."""
+    mount = f"mount -t tmpfs -o size={size} none /dev/shm && exec \"$@\""
+    command = ["unshare", "-m", "sh", "-c", mount, "-"]
+    if not shutil.which("unshare") or subprocess.call(command + ["true"]):
+        pytest.skip("no file system can be mounted here")
+    result = subprocess.run(
+        command + main_command(images, "--epochs", 1), cwd=str(tmp_path), timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    if size == "4k":
+        assert "No space left on device" in the_error(result)
+    else:
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("redirection,words", [
+    (">/dev/full", "can't write to stdout: No space left on device"),
+    ("| head -n 1", "can't write to stdout: Broken pipe"), (">&-", "stdout is closed")])
+def test_a_stdout_that_takes_nothing_is_one_line(images, tmp_path, redirection, words):
+    line = f"{{ \"$@\"; echo $? >status; }} {redirection}"
+    result = subprocess.run(
+        ["sh", "-c", line, "-"] + main_command(images, "--epochs", 2), cwd=str(tmp_path),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, universal_newlines=True, timeout=300)
+    assert result.stderr.count("\n") == 1 and f"main.py: error: {words}" in result.stderr
+    assert (tmp_path / "status").read_text() == "1\n"
 
 
 def check_rendezvous_error(url, folder):
@@ -256,12 +307,12 @@ def flip_a_bit(content, position, rng):
 
 @pytest.mark.parametrize("damage", [cut, flip_a_bit])
 def test_find_checkpoint_passes_over_a_damaged_file(copy_of_trained, capfd, damage):
-    """At 20 positions each: the file is passed over, or nothing that it holds has changed."""
+    """At 100 positions each: the file is passed over, or nothing that it holds has changed."""
     path, rng = copy_of_trained / "checkpoint.pth.tar", random.Random(0)
     before, content = main.read_checkpoint(str(path)), path.read_bytes()
     flags = main.parse_args(["data", "--resume", "auto", "--output-dir", str(copy_of_trained)])
     ends = [0, 1, 4, len(content) - 4, len(content) - 1]
-    for position in rng.sample(range(len(content)), 15) + ends:
+    for position in rng.sample(range(len(content)), 95) + ends:
         path.write_bytes(damage(content, position, rng))
         found, name = main.find_checkpoint(flags)
         if name == str(path):
@@ -316,12 +367,42 @@ def test_an_output_dir_below_a_file(images, tmp_path):
     assert "--output-dir" in the_error(run_main(images, "--output-dir", "file/below", cwd=tmp_path))
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/sys"), reason="no folder that takes no files")
+def test_an_output_dir_that_takes_no_file_is_noticed_before_the_first_step(images, tmp_path):
+    result = run_main(images, "--output-dir", "/proc/sys", cwd=tmp_path)
+    assert "can't use --output-dir '/proc/sys'" in the_error(result)
+    assert "Epoch:" not in result.stdout
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "/proc/sys"])
+def test_an_evaluation_needs_no_output_dir_for_bad_images(
+        trained, copy_of_images, tmp_path, folder):
+    (copy_of_images / "val" / "class 1" / "bad.jpg").write_bytes(b"no image")
+    shutil.rmtree(str(copy_of_images / "train"))
+    result = run_main(copy_of_images, "-e", "--resume", trained[0] / "checkpoint.pth.tar",
+                      "--output-dir", folder, cwd=tmp_path)
+    assert counts(result)[2] == "32" and "=> can't read " in result.stdout
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth.tar.tmp", "bad_images.txt"])
+def test_nothing_is_written_through_a_link(copy_of_images, tmp_path, name):
+    (copy_of_images / "val" / "class 1" / "bad.jpg").write_bytes(b"no image")
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / name).symlink_to("precious")
+    result = run_main(copy_of_images, "--epochs", 1, cwd=tmp_path)
+    assert (tmp_path / "precious").read_text() == "precious"
+    if name == "bad_images.txt":
+        assert "can't write ./bad_images.txt: " in the_error(result)
+    else:
+        assert result.returncode == 0 and read_checkpoint(tmp_path)
+
+
 @pytest.mark.slow
 def test_the_number_of_processes_changed(images, copy_of_trained):
     result = resume(copy_of_trained, images, *several(2))
     assert result.returncode == 0, result.stderr
-    assert ("=> no longer bit-identical to an uninterrupted run: it had 1 processes, now 2"
-            in result.stdout)
+    line = next(line for line in result.stdout.splitlines() if "no longer bit-identical" in line)
+    assert "processes 1, now 2" in line and "epochs 2, now 3" in line
 
 
 @pytest.mark.slow
@@ -409,7 +490,8 @@ def broken_images(photo, rng):
     files = {
         "empty.jpg": b"", "zeros.jpg": bytes(5000),
         "page.jpg": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
-        "bomb.png": png_header(60000, 60000), "no data.png": png_header(40, 40),
+        "bomb.png": png_header(60000, 60000), "bomb.jpg": claim_size(jpeg, 65500, 65500),
+        "no data.png": png_header(40, 40),
         "no width.png": png_header(0, 40), "unknown type.png": png_header(40, 40, color_type=5)}
     for percent in (2, 30, 50, 70):
         files[f"cut {percent}.jpg"] = jpeg[:len(jpeg) * percent // 100]

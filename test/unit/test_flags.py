@@ -13,7 +13,9 @@ from helpers import the_error
     (["d", "-e"], "--resume"), (["d", "--weights", "w.pth"], "--pretrained"),
     (["d", "--val-crop-size", "300"], "--val-resize-size"),
     (["d", "--rank", "2", "--world-size", "2"], "--world-size"),
-    (["d", "--what"], "unrecognized arguments: --what")])
+    (["d", "--what"], "unrecognized arguments: --what"),
+    (["d", "--batch", "20"], "unrecognized arguments: --batch"),
+    (["d", "--dist-timeout", "1e300"], "expected 1 to 1000000")])
 def test_an_invalid_command_line_is_refused_in_one_line(capsys, arguments, words):
     with pytest.raises(SystemExit) as stop:
         main.parse_args(arguments)
@@ -29,6 +31,18 @@ def test_the_reference_command_line_is_understood():
         "--warmup 5 --local_rank 2 --run-prof --multiprocessing-distributed data".split())
     assert flags.device_list == list(range(8)) and flags.local_rank == 2
     assert (flags.lr, flags.wd, flags.label_smoothing, flags.batch_size) == (1.4, 1e-5, 0.1, 4096)
+
+
+def test_short_flags_take_their_value_at_once():
+    assert main.parse_args(["d", "-b64", "-j2"]).batch_size == 64
+
+
+def test_what_wins_is_said(images, trained, run_here):
+    path = trained[0] / "checkpoint.pth.tar"
+    result = run_here("a folder", "--synthetic", 16, "--epochs", 1)
+    assert "=> --synthetic: a folder is not read" in result.stdout
+    result = run_here(images, "--resume", path, "--pretrained", "--weights", "none", "--epochs", 2)
+    assert result.returncode == 0 and f"=> --resume {path} wins over --pretrained" in result.stdout
 
 
 def test_help_shows_the_defaults(capsys):

@@ -12,6 +12,22 @@ from helpers import (SMALL, command_line, finish, free_port, parse, processes_of
 
 FOUR = several(4)
 FIVE_OF_8 = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SLURM_5_OF_8 = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NNODES": "2"}
+SLURM_JOB = {"SLURM_JOB_NODELIST": "", "SLURM_JOB_ID": "", "MASTER_ADDR": "", "MASTER_PORT": ""}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """A function that leaves of the variables of launchers only those that are given."""
+
+    def set_variables(variables):
+        for name in list(FIVE_OF_8) + list(SLURM_5_OF_8) + list(SLURM_JOB):
+            monkeypatch.setenv(name, "")  # is restored in the end, where main.py sets it
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
 
 
 @pytest.mark.parametrize("arguments,variables,expected", [
@@ -20,13 +36,76 @@ FIVE_OF_8 = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZ
     (FOUR + ["--local-rank", "1", "--world-size", "2", "--rank", "1"], {}, (5, 8, 1, 4)),
     ([], FIVE_OF_8, (5, 8, 1, 4)),
     (["--local_rank", "1"], {"RANK": "1", "WORLD_SIZE": "2"}, (1, 2, 1, 2)),
-    (["--world-size", "2", "--rank", "1"], {}, (1, 2, 0, 1))])
-def test_the_rank_of_a_process(monkeypatch, arguments, variables, expected):
-    for name in FIVE_OF_8:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    (["--world-size", "2", "--rank", "1"], {}, (1, 2, 0, 1)),
+    ([], SLURM_5_OF_8, (5, 8, 1, 4)),
+    ([], {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2, 1, 2)),
+    ([], {"SLURM_PROCID": "0"}, (0, 1, 0, 1)),  # a batch script, without srun
+    ([], dict(SLURM_5_OF_8, **FIVE_OF_8), (5, 8, 1, 4)),  # torchrun within a job
+    (["--world-size", "2", "--rank", "1"], SLURM_5_OF_8, (1, 2, 0, 1))])
+def test_the_rank_of_a_process(environment, arguments, variables, expected):
+    environment(variables)
     assert tuple(main.resolve_rank(parse(*arguments))) == expected
+
+
+@pytest.mark.parametrize("arguments,variables,words", [
+    ([], {"RANK": "1"}, "WORLD_SIZE is None"), ([], {"WORLD_SIZE": "2"}, "RANK is None"),
+    ([], {"RANK": "2", "WORLD_SIZE": "2"}, "RANK is '2', expected 0 to 1"),
+    ([], {"RANK": "a", "WORLD_SIZE": "2"}, "RANK is 'a'"),
+    ([], dict(FIVE_OF_8, LOCAL_RANK="4"), "LOCAL_RANK is '4', expected 0 to 3"),
+    ([], dict(FIVE_OF_8, LOCAL_WORLD_SIZE="3"), "the same number of ranks on each node"),
+    ([], dict(SLURM_5_OF_8, SLURM_NNODES="3"), "the same number of ranks on each node"),
+    ([], dict(SLURM_5_OF_8, SLURM_PROCID="8"), "SLURM_PROCID is '8', expected 0 to 7"),
+    (["--world-size", "4"], FIVE_OF_8, "no other --world-size"),
+    (["--local_rank", "1"], {}, "--local_rank needs --multiprocessing-distributed"),
+    (["--local_rank", "0", "--device-list", "0"], {}, "--local_rank needs")])
+def test_ranks_that_can_not_be(environment, arguments, variables, words):
+    environment(variables)
+    with pytest.raises(main.UserError, match=words):
+        main.resolve_rank(parse(*arguments))
+
+
+@pytest.mark.parametrize("url,one_node,variables,expected", [
+    ("tcp://a:1", False, {"MASTER_PORT": "x"}, "tcp://a:1"),
+    ("env://", True, {}, "tcp://127.0.0.1:29688"),
+    ("env://", True, {"SLURM_JOB_NODELIST": "a[1-2]", "SLURM_JOB_ID": "7"},
+     "tcp://127.0.0.1:20007"),
+    ("env://", False, {"MASTER_ADDR": "a", "MASTER_PORT": "1"}, "tcp://a:1"),
+    ("env://", False, {"SLURM_JOB_NODELIST": "n[03-05,9],b", "SLURM_JOB_ID": "70007"},
+     "tcp://n03:20007"),
+    ("env://", False, {"SLURM_JOB_NODELIST": "gpu-a,gpu-b", "SLURM_JOB_ID": "1"},
+     "tcp://gpu-a:20001")])
+def test_where_the_ranks_meet(environment, url, one_node, variables, expected):
+    environment(variables)
+    assert main.resolve_address(url, one_node) == expected
+
+
+@pytest.mark.parametrize("one_node,variables,words", [
+    (True, {"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc', expected 1 to 65535"),
+    (False, {}, "several nodes need an address")])
+def test_an_address_that_can_not_be(environment, one_node, variables, words):
+    environment(variables)
+    with pytest.raises(main.UserError, match=words):
+        main.resolve_address("env://", one_node)
+
+
+def test_two_tasks_of_a_slurm_job(images, tmp_path):
+    job = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(free_port()),
+           "SLURM_JOB_NODELIST": "localhost"}
+    outputs = finish([start_main(images, "--epochs", 1, cwd=tmp_path, SLURM_PROCID=str(task),
+                                 SLURM_LOCALID=str(task), **job) for task in range(2)])
+    check_outputs(outputs)
+    assert "2 processes, rendezvous at tcp://127.0.0.1:2" in outputs[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [["--lr", "0.5"], ["-b", "6"]])
+def test_ranks_with_other_flags_are_refused(images, tmp_path, extra):
+    url = f"tcp://127.0.0.1:{free_port()}"
+    runs = [start_main(images, "--epochs", 1, *several(2), "--local_rank", rank, "--dist-url", url,
+                       *more, cwd=tmp_path) for rank, more in enumerate([[], extra])]
+    outputs = [run.communicate(timeout=300)[0] for run in runs]
+    assert [run.returncode for run in runs] == [1, 1]
+    assert sum("the ranks differ in their flags or their data" in out for out in outputs) >= 1
 
 
 @pytest.mark.parametrize("device", ["npu", "gpu"])
@@ -64,6 +143,11 @@ def test_two_nodes_of_one_process_are_one_run(images, tmp_path):
         cwd=tmp_path) for node in range(2)])
     check_outputs(outputs)
     assert f"2 processes, rendezvous at {address}" in outputs[0] and "of 31 images" in outputs[0]
+
+
+def test_flags_end_before_the_data_folder(images, tmp_path):
+    output, = finish([start_main("--epochs", 1, *several(2), "--", images, cwd=tmp_path)])
+    check_outputs([output])
 
 
 @pytest.mark.slow

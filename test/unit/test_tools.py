@@ -33,6 +33,17 @@ def test_check_data_of_good_images(images, workers):
     assert result.returncode == 0 and result.stdout == "0 bad image(s)\n", result.stderr
 
 
+def test_check_data_names_the_classes_that_differ(images, tmp_path):
+    shutil.copytree(str(images), str(tmp_path / "data"))
+    (tmp_path / "data" / "val" / "class 1").rename(tmp_path / "data" / "val" / "class 9")
+    result = check_data(tmp_path / "data", "-j", 1)
+    assert result.returncode == 1, result.stderr
+    *lines, last = result.stdout.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [
+        f"bad: {tmp_path / 'data' / name}" for name in ("train/class 1", "val/class 9")]
+    assert last == "0 bad image(s)"  # the images are read all the same
+
+
 def test_check_data_says_what_is_wrong(tmp_path):
     assert "no folder" in the_error(check_data(tmp_path))
     assert check_data().returncode == 2 and check_data("d", "--what").returncode == 2
