@@ -378,10 +378,13 @@ def open_device(flags, backend):
         module.set_option({"ACL_OP_COMPILER_CACHE_MODE": "enable"})
     return Runtime(backend, device, rank, world_size, local_size, module, module.Stream())
 
-def die_with_parent(signum):
-    """Asks the kernel (Linux) to send this process ``signum`` when its parent ends."""
+def die_with_parent(parent, signum):
+    """Asks the kernel (Linux) to send this process ``signum`` when its parent ends; ends it where
+    the process ``parent`` is already gone."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, int(signum))
+    if os.getppid() != parent:
+        os._exit(1)
 
 class ProcessGroup:
     """All ranks of a run. Its collectives go over gloo, from host to host: no device waits."""
@@ -465,7 +468,8 @@ class ProcessGroup:
 
     def receive_signal(self, signum, frame):
         self.signal = signum
-        if self.waiting and self.size == 1:  # several have to agree on their last step
+        # Several ranks have to agree on their last step, and torch 1.5 starts its loaders here.
+        if self.waiting and self.size == 1 and TORCH >= (1, 7):
             self.waiting = False
             raise Stopped(signum)
 
@@ -574,12 +578,13 @@ def launch(flags, argv, backend):
         end = argv.index("--") if "--" in argv else len(argv)  # what follows are no flags
         added = ["--dist-url", url, "--device", backend.name,
                  "--device-list", ",".join(map(str, flags.device_list)), "--local_rank"]
+        end_together = functools.partial(die_with_parent, os.getpid(), signal.SIGTERM)
         try:
             for local_rank in range(0 if received else processes):
                 children.append(subprocess.Popen(
                     [sys.executable, os.path.abspath(__file__), *argv[:end], *added,
                      str(local_rank), *argv[end:]], env=environment,
-                    start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGTERM)))
+                    start_new_session=True, preexec_fn=end_together))
             return wait_children(children, flags.node_rank * processes, received)
         finally:
             for child in children:  # with its loaders, which are in its process group
@@ -646,10 +651,7 @@ def read_with_pillow(data, get_crop, size):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # unusual metadata
-        try:
-            image = Image.open(io.BytesIO(data))
-        except Image.UnidentifiedImageError:  # whose message names no reason
-            raise OSError("not an image of a format that Pillow knows")
+        image = Image.open(io.BytesIO(data))
         full_size = image.size
         limit = MAX_PIXELS
         if image.format in ("JPEG", "MPO"):
@@ -657,7 +659,7 @@ def read_with_pillow(data, get_crop, size):
         elif image.format == "WEBP" or image.mode in ("LA", "PA"):
             limit //= 2  # of which several copies are made
         if full_size[0] * full_size[1] > limit:
-            raise OSError(f"{full_size[0]} x {full_size[1]} pixels, at most {limit} are decoded")
+            raise ValueError(f"{full_size[0]} x {full_size[1]} pixels, at most {limit} are decoded")
         crop = get_crop(*full_size)
         scale = [crop.box[i + 2] / crop.resized[i] for i in (0, 1)]
         left, top = (crop.box[i] + crop.corner[i] * scale[i] for i in (0, 1))
@@ -685,9 +687,9 @@ def read_image(path, get_crop, size):
             return crop_with_torch(decode(data), get_crop, size)
     try:
         return read_with_pillow(data, get_crop, size)
-    except OSError:
-        raise
     except Exception as error:  # Pillow's plugins raise SyntaxError, struct.error, IndexError, ...
+        if "cannot identify image file" in str(error):  # and the address of an object
+            raise OSError("not an image of a format that Pillow knows")
         raise OSError(f"{type(error).__name__}: {first_line(error)}")
 
 def list_images(folder, above):
@@ -879,11 +881,11 @@ class ImageLoader(torch.utils.data.DataLoader):
                 images = ring[images][:len(labels)]
             yield torch.from_numpy(images), torch.from_numpy(labels), unreadable
 
-def init_loader(index):
-    """Gives a loader process one core; the training process handles the signals."""
+def init_loader(parent, index):
+    """Gives a loader process one core; its parent, which trains, handles the signals."""
     torch.set_num_threads(1)
     signal.set_wakeup_fd(-1)
-    die_with_parent(signal.SIGKILL)
+    die_with_parent(parent, signal.SIGKILL)
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
@@ -904,7 +906,8 @@ def make_loader(images, flags, runtime, batch_size, workers, seed=None):
     jpeg_decoder()  # imported before the loaders start, not in each of them
     loader = ImageLoader(
         batches, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=tuple,
-        worker_init_fn=init_loader, timeout=flags.dist_timeout if workers else 0, **options)
+        worker_init_fn=functools.partial(init_loader, os.getpid()),
+        timeout=flags.dist_timeout if workers else 0, **options)
     if persistent:
         # Starts the processes with nothing to fetch: after the first steps they would be forked
         # with a copy of all their memory.

@@ -10,16 +10,21 @@ scaler and metrics.csv are equal to the last bit. The exit status is 1 if anythi
     python test/unit/fault_injection.py --kills 20 --signal KILL
     python test/unit/fault_injection.py --kills 10 --signal TERM --script
 
-With --moments start a new run receives a random one of the signals that main.py handles, at a
-random moment from its start to its second epoch, --kills times. Every run has to end with the
-status of its signal, without a traceback, and to leave no process, nothing in /dev/shm and nothing
-in the temporary directory.
+With --fault something else happens to --kills new runs. They have to leave no process, nothing in
+/dev/shm and nothing in the temporary directory, and to print no traceback.
 
-    python test/unit/fault_injection.py --moments start --kills 100
+start   a random one of the signals that main.py handles comes at a random moment from the start of
+        the run to its second epoch: the run ends with the status of that signal
+rank    a random one of the ranks, which meet over tcp, stops (SIGSTOP) at a random moment: each of
+        the others names it and ends within 20 s after --dist-timeout, which is 5 s
+loader  a loader process stops: the run ends with one line within 20 s after --dist-timeout
+
+    python test/unit/fault_injection.py --fault start --kills 100
+    python test/unit/fault_injection.py --fault rank --kills 20 --processes 2 4
+    python test/unit/fault_injection.py --fault loader --kills 20 --processes 1
 """
 
 import argparse
-import math
 import os
 import pathlib
 import random
@@ -34,9 +39,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-import main as trainer
-from helpers import (ROOT, SMALL, TINY, command_line, folders_differ, main_command, make_images,
-                     parent, processes_of, several)
+from helpers import (ROOT, SMALL, TINY, command_line, folders_differ, free_port, main as trainer,
+                     main_command, make_images, parent, processes_of, several)
 
 
 @dataclass
@@ -177,35 +181,87 @@ def left_behind():
     return blocks, names
 
 
-def signal_starts(flags, folder, processes):
-    """Signals new runs at random moments of their start: the Outcome."""
-    data, runs, rng = folder / "data", folder / "runs", random.Random(flags.seed)
-    make_images(data)
+def signal_start(line, folder, rng, length):
+    """Signals a new run at a random moment of its start: seconds until its end, and problems."""
+    run = start_logged(line, folder)
+    time.sleep(rng.uniform(0.1, length))  # Python itself needs the first tenth of a second
+    signum = rng.choice(trainer.SIGNALS)
+    seconds = stop(run, folder, signum, rng, at_a_rank=False)
+    ended = run.returncode in (-signum, 128 + signum) and "error:" not in read_log(folder)
+    return seconds, [] if ended else [f"{signum.name}: status {run.returncode}"]
+
+
+def stop_rank(line, folder, rng, length, processes):
+    """Stops one of several ranks: seconds until the end of the others, and problems."""
+    url = ["--dist-url", f"tcp://127.0.0.1:{free_port()}", "--dist-timeout", "5"]
+    runs = [start_logged(line + url + ["--local_rank", str(rank)], folder)
+            for rank in range(processes)]
+    wait_until_training(runs[0], folder)
+    time.sleep(rng.uniform(0, length))
+    stopped = rng.randrange(processes)
+    runs[stopped].send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    codes = [run.wait() for run in runs[:stopped] + runs[stopped + 1:]]
+    seconds = time.monotonic() - begin
+    runs[stopped].kill()
+    runs[stopped].wait()
+    problems = [] if codes == [1] * (processes - 1) else [f"status {codes}"]
+    if f"rank {stopped} does not respond" not in read_log(folder):
+        problems.append(f"rank {stopped} was not named")
+    return seconds, problems + ([f"{seconds:.0f} s"] if seconds > 5 + 20 else [])
+
+
+def stop_loader(line, folder, rng, length):
+    """Stops a loader process: seconds until the end of the run, and problems."""
+    run = start_logged(line + ["--dist-timeout", "5"], folder)
+    wait_until_training(run, folder)
+    time.sleep(rng.uniform(0, length))
+    os.kill(rng.choice([pid for pid in processes_of(folder) if parent(pid) == run.pid]),
+            signal.SIGSTOP)
+    begin = time.monotonic()
+    status = run.wait()
+    seconds = time.monotonic() - begin
+    problems = [] if status == 1 and read_log(folder).count("error:") == 1 else [f"status {status}"]
+    return seconds, problems + ([f"{seconds:.0f} s"] if seconds > 5 + 20 else [])
+
+
+def wait_until_training(run, folder):
+    """Waits for the second epoch of a run."""
+    while "Epoch: [1][" not in read_log(folder) and run.poll() is None:
+        time.sleep(0.05)
+
+
+def inject(flags, folder, processes):
+    """Lets what --fault names happen to --kills new runs: the Outcome."""
+    runs, rng = folder / "runs", random.Random(flags.seed)
     runs.mkdir()
+    make_images(folder / "data")
     ranks = several(processes) if processes > 1 else []
-    line = main_command(data, "--epochs", 10000, "--workers", 2, *ranks)
-    outcome, length, before = Outcome(), math.inf, left_behind()
+    line = main_command(folder / "data", "--epochs", 10000, "--workers", 2, *ranks)
+    outcome, before, begin = Outcome(), left_behind(), time.monotonic()
+    first = start_logged(line, runs)  # shows how long a start takes
+    wait_until_training(first, runs)
+    length = 1.2 * (time.monotonic() - begin)
+    stop(first, runs, signal.SIGTERM, rng, at_a_rank=False)
     while outcome.stopped < flags.kills:
         (runs / "log.txt").write_text("")
-        run = start_logged(line, runs)
-        begin = time.monotonic()
-        if outcome.stopped == 0:  # the first run shows how long a start takes
-            while "Epoch: [1][" not in read_log(runs) and run.poll() is None:
-                time.sleep(0.1)
-            length = time.monotonic() - begin
-        else:  # Python itself needs the first tenth of a second
-            time.sleep(rng.uniform(0.1, 1.2 * length))
-        signum = rng.choice(trainer.SIGNALS)
-        seconds = stop(run, runs, signum, rng, at_a_rank=False)
+        if flags.fault == "start":
+            seconds, problems = signal_start(line, runs, rng, length)
+        elif flags.fault == "rank":
+            seconds, problems = stop_rank(line, runs, rng, 3, processes)
+        else:
+            seconds, problems = stop_loader(line, runs, rng, 3)
         outcome.stopped += 1
         outcome.longest_exit = max(outcome.longest_exit, seconds or 0)
+        limit = time.monotonic() + 5
+        while processes_of(runs) and time.monotonic() < limit:
+            time.sleep(0.1)
         outcome.left_running += len(processes_of(runs))
         log = read_log(runs)
-        if run.returncode not in (-signum, 128 + signum) or "Traceback" in log or "error:" in log:
-            outcome.problems.append(f"{signum.name}: status {run.returncode}, {log[-200:]}")
-    after = left_behind()
-    outcome.left_in_shared_memory = len(after[0] - before[0])
-    outcome.left_in_temporary = len(after[1] - before[1])
+        if problems or "Traceback" in log:
+            outcome.problems.append(f"{', '.join(problems)}: {log[-300:]}")
+    left = [after - names for after, names in zip(left_behind(), before)]
+    outcome.left_in_shared_memory, outcome.left_in_temporary = map(len, left)
     return outcome
 
 
@@ -214,7 +270,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--kills", type=int, default=20, help="stops for each case")
     add("--signal", choices=["KILL", "TERM", "USR1", "INT"], default="KILL")
-    add("--moments", choices=["run", "start"], default="run", help="when to stop the runs")
+    add("--fault", choices=["start", "rank", "loader"], help="instead of kills and resumes")
     add("--script", action="store_true", help="run, and signal, the launch script, not main.py")
     add("--rank", action="store_true", help="signal one of several ranks, not the command")
     add("--processes", type=int, nargs="+", default=[1, 2])
@@ -230,19 +286,18 @@ def main(argv=None):
     folder = pathlib.Path(tempfile.mkdtemp(prefix="fault injection "))
     try:
         make_images(folder / "data")
-        at_start = flags.moments == "start"
-        print(f"torch {torch.__version__}, {'signals' if at_start else f'SIG{flags.signal}'}")
+        print(f"torch {torch.__version__}, {flags.fault or f'SIG{flags.signal}'}")
         print("processes  level  stopped  resumed  longest exit s  left running, in /dev/shm, in "
               "the temporary folder  result", flush=True)
         for processes in flags.processes:
-            for level in ["O0"] if at_start else flags.levels:
+            for level in ["O0"] if flags.fault else flags.levels:
                 runs = folder / f"{processes} {level}"
-                if at_start:
-                    runs.mkdir()
-                    case = signal_starts(flags, runs, processes)
+                runs.mkdir()
+                if flags.fault:
+                    case = inject(flags, runs, processes)
                 else:
                     case = compare_runs(flags, folder / "data", runs, processes, level, rng)
-                result = "; ".join(case.problems[:5]) or ("as expected" if at_start else "equal")
+                result = "; ".join(case.problems[:5]) or ("as said" if flags.fault else "equal")
                 left = (case.left_running, case.left_in_shared_memory, case.left_in_temporary)
                 failed |= bool(case.problems or any(left))
                 print(f"{processes:9}  {level:>5}  {case.stopped:7}  {case.resumed:7}  "

@@ -6,7 +6,7 @@ import time
 import pytest
 
 import fault_injection
-from helpers import (ROOT, free_port, main_command, parent, processes_of, read_checkpoint,
+from helpers import (ROOT, TORCH, free_port, main_command, parent, processes_of, read_checkpoint,
                      read_until, run_main, several, start, start_main)
 
 ENDLESS = ["--epochs", 10000]  # so that the run can't end before a test disturbs it
@@ -85,6 +85,7 @@ def maps_of(pid):
         return file.read()
 
 
+@pytest.mark.skipif(TORCH < (1, 7), reason="torch 1.5 starts loaders while it waits for them")
 def test_a_signal_ends_and_saves_a_run_that_waits_for_its_loaders(images, tmp_path):
     run = start_hanging(tmp_path, images)
     read_until(run, r"^Epoch: \[1\]\[0/")
@@ -159,7 +160,15 @@ def test_sigterm_ends_ranks_that_wait_for_rank_0(stopped_rank_0):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_signals_at_random_moments_from_the_start_on(tmp_path, processes):
-    flags = fault_injection.parse_args(["--moments", "start", "--kills", "12"])
-    outcome = fault_injection.signal_starts(flags, tmp_path, processes)
+    flags = fault_injection.parse_args(["--fault", "start", "--kills", "12"])
+    outcome = fault_injection.inject(flags, tmp_path, processes)
     assert outcome.problems == [] and outcome.stopped == 12
     assert outcome.left_running == outcome.left_in_shared_memory == outcome.left_in_temporary == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault,processes", [("rank", 3), ("loader", 1)])
+def test_ranks_and_loaders_that_stop_at_random_moments(tmp_path, fault, processes):
+    flags = fault_injection.parse_args(["--fault", fault, "--kills", "3"])
+    outcome = fault_injection.inject(flags, tmp_path, processes)
+    assert outcome.problems == [] and outcome.stopped == 3 and outcome.left_running == 0
