@@ -210,6 +210,7 @@ def parse_args(argv=None):
     add("--run-prof", action="store_true", help="profile a few steps, and end")
 
     flags = parser.parse_args(argv)
+    flags.argv = list(sys.argv[1:] if argv is None else argv)
     flags.nodes, flags.node_rank = max(1, flags.world_size), max(0, flags.rank)
     if flags.data is None and not flags.synthetic:
         parser.error("no data folder: give one that holds train/ and val/, or --synthetic N")
@@ -564,9 +565,10 @@ def wait_children(children, first_rank, received):
             forward_signal(children, signal.SIGTERM)
     return 128 + received[0] if received else status
 
-def launch(flags, argv, backend):
+def launch(flags, backend):
     """Starts one process per card of this node and returns their exit status."""
     processes, children, received = len(flags.device_list), [], []
+    argv = flags.argv
     install_handler(lambda signum, frame: received.append(signum))
     environment = dict(os.environ)
     if backend.name == "cpu":
@@ -1213,7 +1215,8 @@ def average_running_stats(model, group):
 # A run's weights do not depend on these flags, or the settings below hold what they resolve to.
 UNRELATED = set("""data workers max_bad pretrained weights start_epoch device_list npu world_size
     multiprocessing_distributed local_rank rank nodes node_rank dist_url dist_backend dist_timeout
-    output_dir resume save_freq keep evaluate print_freq tensorboard run_prof synthetic""".split())
+    output_dir resume save_freq keep evaluate print_freq tensorboard run_prof synthetic
+    argv""".split())
 COLUMNS = ("epoch", "lr", "train_loss", "train_acc1", "val_loss", "acc1", "acc5", "fps", "seconds",
            "data_wait")  # of metrics.csv
 WARM_UP_STEPS = 5  # left out of the throughput: compilation and caches are not steady yet
@@ -1265,6 +1268,7 @@ def snapshot(run):
         "epoch": run.epoch, "images": run.images, "totals": totals,
         "best_acc1": run.best_acc1, "history": run.history, "seed": run.seed,
         "classes": run.train_loader.dataset.images.classes, "flags": settings(run),
+        "torch": str(torch.__version__),
     }
 
 def load_optimizer_state(optimizer, saved):
@@ -1364,6 +1368,17 @@ def read_checkpoint(path):
                             f"which could run code ({code.group(1)}). Save its state_dict alone")
         reason = str(error).rsplit("error: ", 1)[-1]  # torch puts advice to load unsafely before it
         raise UserError(f"{path} is damaged or not a checkpoint: {first_line(reason)}")
+
+def adopt_flags(flags, checkpoint):
+    """Returns the flags of an evaluation, with those of its checkpoint where the command line gives
+    no others, and a list of what was taken from there."""
+    saved = dict(checkpoint.get("flags", {}), arch=checkpoint.get("arch", flags.arch))
+    names = [name for name in ("arch", "val_resize_size", "val_crop_size", "opt_level")
+             if name in saved]
+    words = [f"--{name.replace('_', '-')}={saved[name]}" for name in names]
+    adopted = parse_args(words + flags.argv)  # where a flag comes twice, the last one counts
+    return adopted, [word for name, word in zip(names, words)
+                     if getattr(adopted, name) == saved[name] != getattr(flags, name)]
 
 def find_checkpoint(flags):
     """Returns the checkpoint that --resume asks for, and its path; ({}, None) for none."""
@@ -1891,6 +1906,10 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
 def run_training(flags, runtime, group, notes):
     """Trains, evaluates or profiles."""
     checkpoint, path = find_checkpoint(flags)
+    if flags.evaluate and path:
+        with loading(path):
+            flags, taken = adopt_flags(flags, checkpoint)
+        notes += f", with {' '.join(taken)} of {path}" if taken else ""
     run = build_run(flags, runtime, group, notes, checkpoint, path)
     parameters = run.precision.prepare(run.model)
     if flags.evaluate:
@@ -1944,7 +1963,6 @@ def main_worker(flags, backend, notes):
 
 def main(argv=None):
     """Runs a command line and returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     flags = parse_args(argv)
     try:
         if sys.stdout is None:  # the next file that is opened would receive what C code prints
@@ -1954,7 +1972,7 @@ def main(argv=None):
             flags.device_list = select_cards(flags, backend)
             if flags.local_rank is None:
                 open_images(flags)  # one message for a mistake, before starting the processes
-                return launch(flags, argv, backend)
+                return launch(flags, backend)
         return main_worker(flags, backend, notes)
     except (UserError, OSError) as error:
         print_error(error)
