@@ -36,6 +36,7 @@ import functools
 import importlib
 import inspect
 import io
+import json
 import math
 import mmap
 import multiprocessing
@@ -164,7 +165,8 @@ def parse_args(argv=None):
     add("-a", "--arch", choices=sorted(mnasnet.WEIGHTS), default="mnasnet1_0", help="network")
     add("--bn-momentum", type=real(tiny, 1), default=0.1, help="of BatchNorm")
     add("--dropout", type=fraction, default=0.2, help="dropout before the classifier")
-    add("--freeze-bn", action="store_true", help="keep BatchNorm's running statistics unchanged")
+    add("--freeze", choices=["none", "features", "bn"], default="none",
+        help="train the classifier alone, or keep BatchNorm's running statistics unchanged")
     add("--pretrained", action="store_true", help="start from torchvision's published weights")
     add("--weights", help="with --pretrained: file to read the weights from, not the network")
 
@@ -967,6 +969,9 @@ def copy_parameters(parameters, values):
         for parameter, value in zip(parameters, values):
             parameter.copy_(value)
 
+def trained_parameters(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
 def optimizer_parameters(optimizer):
     """Returns what the optimizer updates: the model's parameters in order, or their masters."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -1048,8 +1053,8 @@ class Precision:
     def prepare(self, model):
         """Returns the parameters to optimize; native O2 converts the model to low precision."""
         if self.input_dtype == torch.float32:
-            return list(model.parameters())
-        self.masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
+            return trained_parameters(model)
+        self.masters = [p.detach().clone().requires_grad_() for p in trained_parameters(model)]
         for module in model.modules():
             if not isinstance(module, torch.nn.BatchNorm2d):
                 for parameter in module.parameters(recurse=False):
@@ -1070,7 +1075,7 @@ class Precision:
         if fixed:  # apex notices no overflow of a fixed scale, but of one that can't move
             options.update(min_loss_scale=self.loss_scale, max_loss_scale=self.loss_scale)
         options["loss_scale"] = "dynamic"
-        weights = [p.detach().clone() for p in model.parameters()]
+        weights = [p.detach().clone() for p in trained_parameters(model)]
         model, optimizer = self.apex.initialize(model, optimizer, **options)
         if fixed:
             scaler = {"loss_scale": self.loss_scale, "unskipped": 0}
@@ -1090,7 +1095,7 @@ class Precision:
             optimizer.zero_grad()
             return
         self.scaler.scale(loss).backward()
-        for master, parameter in zip(self.masters or (), model.parameters()):
+        for master, parameter in zip(self.masters or (), trained_parameters(model)):
             if master.grad is None:  # kept: Ascend's fused SGD goes on reading the first memory
                 master.grad = torch.empty_like(master)
             master.grad.copy_(parameter.grad)
@@ -1098,7 +1103,7 @@ class Precision:
         self.scaler.update(None if self.loss_scale == "dynamic" else self.loss_scale)
         optimizer.zero_grad()
         if self.masters:
-            copy_parameters(model.parameters(), self.masters)
+            copy_parameters(trained_parameters(model), self.masters)
             model.zero_grad()
 
     def state_dict(self):
@@ -1120,6 +1125,7 @@ def build_model(flags, runtime, num_classes, dtype=torch.float32):
     """Returns the network on its device; ``dtype`` is what its convolutions will compute in."""
     model = getattr(mnasnet, flags.arch)(
         num_classes=num_classes, dropout=flags.dropout, bn_momentum=flags.bn_momentum)
+    model.layers.requires_grad_(flags.freeze != "features")
     if runtime.backend.name == "cpu":
         mnasnet.optimize_for_cpu(model, dtype)
     model = model.to(runtime.device)
@@ -1255,7 +1261,7 @@ def snapshot(run):
     stats = average_running_stats(run.model, run.group)
     totals = run.group.gather(run.totals.double().cpu())
     state_dict = run.model.state_dict()
-    names = [name for name, _ in run.model.named_parameters()]
+    names = [name for name, p in run.model.named_parameters() if p.requires_grad]
     state_dict.update(zip(names, optimizer_parameters(run.optimizer)))  # under O2 the masters
     for name, tensor in state_dict.items():
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
@@ -1333,7 +1339,8 @@ class SafePickle:
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
             if re.fullmatch(r"collections\.OrderedDict|torch\.(Size|\w*Storage)|"
-                            r"torch\._utils\._rebuild_(tensor_v2|parameter)", f"{module}.{name}"):
+                            r"torch\._utils\._rebuild_(tensor_v2|parameter)|argparse\.Namespace",
+                            f"{module}.{name}"):
                 return super().find_class(module, name)
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
@@ -1341,16 +1348,30 @@ class SafePickle:
     def load(cls, file, **options):
         return cls.Unpickler(file, **options).load()
 
+def read_safetensors(path):
+    """Returns the tensors of a file of that format, by name."""
+    try:
+        from safetensors.torch import load_file
+        return load_file(path)
+    except ImportError:
+        raise UserError(f"{path} needs the package that reads it: pip install safetensors")
+    except Exception as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}")
+
 def read_checkpoint(path):
     """Returns a checkpoint file as a dictionary, and never runs code from it. Raises UserError
     where it is missing, damaged, or holds more than tensors and plain values."""
     options = {"weights_only": True} if TORCH >= (1, 13) else {"pickle_module": SafePickle}
+    if TORCH >= (2, 4):
+        torch.serialization.add_safe_globals([argparse.Namespace])  # torchvision's and timm's flags
     try:
         with open(path, "rb") as file:
             magic = file.read(2)
     except OSError as error:
         raise UserError(f"no checkpoint {path!r} ({error.strerror}): give a file that torch.save "
                         "wrote")
+    if path.endswith(".safetensors"):
+        return read_safetensors(path)
     if magic != b"PK" and magic[:1] != b"\x80":  # torch before 1.6 wrote a bare pickle
         raise UserError(f"{path} is not a checkpoint: it starts with {magic}, expected a file that "
                         "torch.save wrote")
@@ -1408,13 +1429,16 @@ def loading(path):
                         f"({type(error).__name__}: {first_line(error)})")
 
 def load_weights(model, checkpoint, path, classes, new_classifier=False):
-    """Loads a checkpoint of this trainer or of the reference, or a plain state dict. Raises
-    UserError where it does not fit the model or the names of its classes. If only the classes
-    differ, ``new_classifier`` keeps the model's own classifier; a note for the log is returned."""
-    state = checkpoint.get("state_dict", checkpoint)
+    """Loads a checkpoint of this trainer, of the reference, of torchvision's or timm's trainer, or
+    a plain state dict. Raises UserError where it does not fit the model or its classes. If only the
+    classes differ, ``new_classifier`` keeps the model's own classifier; a note for the log is
+    returned."""
+    state = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
     for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
         if isinstance(state, dict) and all(str(name).startswith(prefix) for name in state):
             state = {name[len(prefix):]: value for name, value in state.items()}
+    if isinstance(state, dict) and "conv_stem.weight" in state:
+        state = mnasnet.rename_from_timm(state)
     if not isinstance(state, dict) or not torch.is_tensor(state.get("classifier.1.weight")):
         raise UserError(f"{path} is not a MnasNet checkpoint: it has no classifier.1.weight")
     check_finite(state, path, "give another file")
@@ -1426,8 +1450,8 @@ def load_weights(model, checkpoint, path, classes, new_classifier=False):
                             f"{model.num_classes}: give the data it was trained on")
         note = (f": {count} {other}classes there, {model.num_classes} here, the classifier is "
                 "re-initialised")
-        for name, parameter in model.classifier[1].state_dict().items():
-            state[f"classifier.1.{name}"] = parameter
+        own = model.classifier[1].state_dict()
+        state = dict(state, **{f"classifier.1.{name}": tensor for name, tensor in own.items()})
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -1524,9 +1548,16 @@ def lock_folder(path):
     finally:
         os.close(folder)
 
+def write_flags(run):
+    """Writes args.json: all flags, and what they resolved to."""
+    values = dict(vars(run.flags), **settings(run), torch=str(torch.__version__))
+    path = os.path.join(run.flags.output_dir, "args.json")
+    write_file(json.dumps(values, indent=1).encode(), path)
+
 def set_results_aside(run):
     """Moves what an earlier run left in --output-dir into a folder of its own there."""
-    root, results = run.flags.output_dir, r"(checkpoint(-\d+)?|model_best)\.pth\.tar|metrics\.csv"
+    root = run.flags.output_dir
+    results = r"(checkpoint(-\d+)?|model_best)\.pth\.tar|metrics\.csv|args\.json"
     names = [name for name in os.listdir(root) if re.fullmatch(results, name)]
     if names:
         folder = os.path.join(root, time.strftime("previous-%Y%m%d-%H%M%S"))
@@ -1694,7 +1725,7 @@ def train_epoch(run):
     sampler.epoch, sampler.first_image = run.epoch, run.images
     first, bad = run.images // sampler.total, 0
     steps = first + len(sampler)
-    run.model.train(not flags.freeze_bn)
+    run.model.train(flags.freeze == "none")
     run.model.classifier.train()  # dropout
     meter = EpochMeter(run, steps)
     batches = prefetch(run.train_loader, run.runtime, run.precision.input_dtype)
@@ -1926,6 +1957,8 @@ def run_training(flags, runtime, group, notes):
             set_results_aside(run)
         if path:
             restore(run, checkpoint, path)
+        if runtime.rank == 0:
+            write_flags(run)
         with group.handle_signals(checkpoint_path(flags)):
             return profile(run) if flags.run_prof else train(run)
 

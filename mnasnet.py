@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 __all__ = ["MNASNet", "mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3", "WEIGHTS",
-           "optimize_for_cpu", "keep_freed_memory", "fold_batchnorm"]
+           "rename_from_timm", "optimize_for_cpu", "keep_freed_memory", "fold_batchnorm"]
 
 TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
@@ -166,6 +166,26 @@ def _initialize(module):
     elif isinstance(module, nn.Linear):
         nn.init.kaiming_uniform_(module.weight, mode="fan_out", nonlinearity="sigmoid")
         nn.init.zeros_(module.bias)
+
+# timm's names of these modules, and of the parts of a block in the stacks.
+_TIMM = {
+    "conv_stem": "layers.0", "bn1": "layers.1", "conv_head": "layers.14", "bn2": "layers.15",
+    "blocks.0.0.conv_dw": "layers.3", "blocks.0.0.bn1": "layers.4", "classifier": "classifier.1",
+    "blocks.0.0.conv_pw": "layers.6", "blocks.0.0.bn2": "layers.7",
+}
+_TIMM_BLOCK = {"conv_pw": 0, "bn1": 1, "conv_dw": 3, "bn2": 4, "conv_pwl": 6, "bn3": 7}
+
+def rename_from_timm(state_dict):
+    """Returns the state dict of one of timm's ``mnasnet_*`` under the names of this module. Raises
+    KeyError or ValueError for another network."""
+    renamed = {}
+    for name, tensor in state_dict.items():
+        module, kind = name.rsplit(".", 1)
+        if module not in _TIMM:
+            _, stack, block, part = module.split(".")
+            module = f"layers.{7 + int(stack)}.{block}.layers.{_TIMM_BLOCK[part]}"
+        renamed[f"{_TIMM.get(module, module)}.{kind}"] = tensor
+    return renamed
 
 def mnasnet0_5(**kwargs):
     """2.2 M parameters, 0.10 GMACs at 224 px; torchvision's weights reach 67.734 Acc@1."""

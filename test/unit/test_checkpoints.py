@@ -1,7 +1,10 @@
 """Checkpoints: what may be read, what is kept, and runs that resume from them."""
 
+import argparse
 import hashlib
+import json
 import pickle
+import re
 import shutil
 import signal
 
@@ -265,6 +268,74 @@ def test_the_training_accuracy_counts_images(images, trained, run_here, tmp_path
     row = read_checkpoint(tmp_path)["history"][-1]
     correct = row["train_acc1"] / 100 * 32
     assert abs(correct - round(correct)) < 1e-4 and 8 <= round(correct) <= 24
+
+
+def test_an_evaluation_needs_no_flag_of_the_training(images, run_here, tmp_path):
+    level = "O1" if main.TORCH >= (1, 10) else "O0"
+    sizes = ["--train-crop-size", 64, "--val-resize-size", 72, "--val-crop-size", 64]
+    losses(run_here(images, "--epochs", 1, *sizes, "--opt-level", level, "--seed", 3, *STEADY))
+    expected = read_checkpoint(tmp_path)["history"][-1]
+    alone = [images, "-e", "--device", "cpu", "--resume", "model_best.pth.tar"]
+    for processes in ([], several(3)):
+        result = run_main(*alone, *processes, cwd=tmp_path, small=False)
+        assert float(re.search(r"Acc@1 (\S+)", result.stdout).group(1)) == pytest.approx(
+            expected["acc1"], abs=1e-3)
+        assert final_loss(result) == pytest.approx(expected["val_loss"], rel=1e-3)
+        assert ("with --arch=mnasnet0_5 --val-resize-size=72 --val-crop-size=64"
+                in result.stdout.replace(f" --opt-level={level}", ""))
+    larger = run_main(*alone, "--val-crop-size", 72, cwd=tmp_path, small=False)
+    assert "--val-crop-size" not in larger.stdout and final_loss(larger) != expected["val_loss"]
+    flags = json.loads((tmp_path / "args.json").read_text())
+    assert (flags["train_crop_size"], flags["seed"], flags["opt_level"]) == (64, 3, level)
+
+
+def save_as_torchvision_trains(state, path):
+    torch.save({"model": state, "args": argparse.Namespace(lr=0.5), "epoch": 3}, path)
+
+
+def save_as_ddp(state, path):
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
+
+
+@pytest.mark.parametrize("save", [save_as_torchvision_trains, save_as_ddp, torch.save])
+def test_weights_from_elsewhere_load(tmp_path, save):
+    if save is save_as_torchvision_trains and (1, 13) <= main.TORCH < (2, 4):
+        pytest.skip("these versions of torch read no flags beside weights")
+    state = mnasnet.mnasnet0_5(num_classes=3).state_dict()
+    save(state, str(tmp_path / "weights.pth"))
+    model = mnasnet.mnasnet0_5(num_classes=3)
+    flags = parse("--pretrained", "--weights", tmp_path / "weights.pth")
+    main.load_pretrained(model, flags, ["a", "b", "c"])
+    assert differences(dict(model.state_dict()), dict(state)) == []
+
+
+def test_timm_names_are_understood():
+    """The names of timm 1.0's mnasnet_050, in an order of their own."""
+    model = mnasnet.mnasnet0_5(num_classes=3)
+    parts = ["conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"]
+    modules = ["conv_stem", "bn1", "blocks.0.0.conv_dw", "blocks.0.0.bn1", "blocks.0.0.conv_pw",
+               "blocks.0.0.bn2"]
+    modules += [f"blocks.{stack}.{block}.{part}" for stack, repeats in
+                enumerate((3, 3, 3, 2, 4, 1), 1) for block in range(repeats) for part in parts]
+    modules += ["conv_head", "bn2", "classifier"]
+    ours = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in model.state_dict()))
+    assert len(ours) == len(modules)
+    state = {f"{dict(zip(ours, modules))[name.rsplit('.', 1)[0]]}.{name.rsplit('.', 1)[1]}": tensor
+             for name, tensor in model.state_dict().items()}
+    renamed = mnasnet.rename_from_timm(dict(sorted(state.items())))
+    assert differences(renamed, dict(model.state_dict())) == []
+
+
+def test_networks_of_timm_give_the_same_logits(tmp_path):
+    timm = pytest.importorskip("timm")
+    for name, arch in [("mnasnet_050", "mnasnet0_5"), ("mnasnet_100", "mnasnet1_0")]:
+        theirs = timm.create_model(name, num_classes=3).eval()
+        torch.save(theirs.state_dict(), str(tmp_path / "weights.pth"))
+        ours = getattr(mnasnet, arch)(num_classes=3).eval()
+        flags = parse("--pretrained", "--weights", tmp_path / "weights.pth", "-a", arch)
+        main.load_pretrained(ours, flags, ["a", "b", "c"])
+        images = torch.randn(2, 3, 64, 64)
+        assert torch.allclose(ours(images), theirs(images), atol=1e-6)
 
 
 def test_pretrained_weights_evaluate(images, trained, run_here):

@@ -9,8 +9,8 @@ import torch
 
 import main
 import mnasnet
-from helpers import (TORCH, losses, parse, read_checkpoint, read_metrics, run_main, several,
-                     the_error)
+from helpers import (TORCH, differences, losses, needs_bf16, parse, read_checkpoint, read_metrics,
+                     run_main, several, the_error)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -57,13 +57,31 @@ def test_the_log_can_be_read_as_the_reference_reads_it(trained):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(images, tmp_path):
-    arguments = [images, "--epochs", 1, "--seed", 2, "--freeze-bn", "--dropout", 0]
+    arguments = [images, "--epochs", 1, "--seed", 2, "--freeze", "bn", "--dropout", 0]
     for extra in ([], several(2)):
         losses(run_main(*arguments, *extra, cwd=tmp_path))
     # The log shows the first process's half of each batch, metrics.csv the mean over both.
     names = ("checkpoint-1.pth.tar", "checkpoint.pth.tar")
     one, two = [read_checkpoint(tmp_path, name)["history"][0]["train_loss"] for name in names]
     assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.parametrize("extra", [
+    [], pytest.param(["--opt-level", "O2"], marks=needs_bf16),
+    pytest.param(several(2), marks=pytest.mark.slow)])
+def test_frozen_features_stay_as_they_were(images, trained, tmp_path, extra):
+    start = trained[0] / "checkpoint.pth.tar"
+    arguments = [images, "--epochs", 2, "--freeze", "features", "--seed", 1, *extra]
+    weights = ["--pretrained", "--weights", start, "--save-freq", 3]
+    losses(run_main(*arguments, *weights, cwd=tmp_path))
+    before, after = [read_checkpoint(path)["state_dict"] for path in (trained[0], tmp_path)]
+    for name, tensor in before.items():
+        if name.startswith("classifier"):
+            assert not torch.equal(tensor, after[name]), name
+        else:
+            assert torch.allclose(tensor.float(), after[name].float(), rtol=1e-2), name
+    losses(run_main(*arguments, "--resume", "checkpoint-1.pth.tar", cwd=tmp_path))
+    assert differences(read_checkpoint(tmp_path)["state_dict"], after) == []
 
 
 def test_generated_images_on_all_cores(tmp_path, monkeypatch):
