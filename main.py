@@ -989,7 +989,7 @@ def find_apex(flags, backend):
             return amp, ""
         reason = f"the installed apex is {'Ascend' if ascend else 'NVIDIA'}'s and needs its card"
     except Exception as error:  # one that was built for another torch fails in any way
-        if not re.search("(named|import of) '?apex|name 'amp'", str(error)):
+        if not re.search("(named|import of) '?apex'?( |$)|name 'amp'", str(error)):
             reason = f"apex does not import ({first_line(error)})"
     if flags.amp_backend == "apex":
         raise UserError(f"--amp-backend apex: {reason or missing}. --amp-backend native computes "
@@ -1560,8 +1560,7 @@ def set_results_aside(run):
     results = r"(checkpoint(-\d+)?|model_best)\.pth\.tar|metrics\.csv|args\.json"
     names = [name for name in os.listdir(root) if re.fullmatch(results, name)]
     if names:
-        folder = os.path.join(root, time.strftime("previous-%Y%m%d-%H%M%S"))
-        os.mkdir(folder)
+        folder = tempfile.mkdtemp(dir=root, prefix=time.strftime("previous-%Y%m%d-%H%M%S-"))
         for name in names:
             os.replace(os.path.join(root, name), os.path.join(folder, name))
         run.log(f"=> the results of an earlier run are now in {folder}")
@@ -1598,6 +1597,8 @@ class EpochMeter:
         # Steps, seconds and seconds of waiting for images: now, at the last line, after warm-up.
         self.time, self.printed, self.warm_up = np.zeros((3, 3))
         self.last_time = time.monotonic()
+        self.weights = optimizer_parameters(run.optimizer)[-1]
+        self.first_weights = self.weights.detach().clone()
 
     def measure(self, steps=0, waiting=False):
         """Adds the time since the last call, all or none of it spent waiting for images."""
@@ -1660,6 +1661,10 @@ class EpochMeter:
         """Returns the epoch's part of a row of metrics.csv, over all ranks."""
         run, workers = self.run, self.run.train_loader.num_workers
         run.runtime.synchronize()
+        if (run.precision.uses_loss_scale and len(self.sampler) >= MAX_OVERFLOWS
+                and run.flags.lr and torch.equal(self.weights, self.first_weights)):
+            raise UserError(f"no step of epoch {run.epoch} has changed the weights: all gradients "
+                            f"overflow at --loss-scale {run.flags.loss_scale}. Try a lower one")
         steps, seconds, _ = (self.measure() - self.warm_up).tolist()
         images = int(steps) * self.sampler.total
         run.steady_images += images
