@@ -341,6 +341,7 @@ def test_an_apex_that_does_not_import(gpu, monkeypatch, tmp_path, capsys, error)
     assert said.count("\n") == 1 and reason in said and "2025" not in said
 
 
+@pytest.mark.slow
 def test_nvidias_apex_on_npu(npu, images, tmp_path):
     """The log of a whole run says why it is native."""
     variables = dict(npu, PYTHONPATH=os.pathsep.join([npu["PYTHONPATH"], str(UNIT / "apex_stub")]))

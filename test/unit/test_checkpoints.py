@@ -270,6 +270,7 @@ def test_the_training_accuracy_counts_images(images, trained, run_here, tmp_path
     assert abs(correct - round(correct)) < 1e-4 and 8 <= round(correct) <= 24
 
 
+@pytest.mark.slow
 def test_an_evaluation_needs_no_flag_of_the_training(images, run_here, tmp_path):
     level = "O1" if main.TORCH >= (1, 10) else "O0"
     sizes = ["--train-crop-size", 64, "--val-resize-size", 72, "--val-crop-size", 64]

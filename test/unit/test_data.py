@@ -277,7 +277,7 @@ def test_the_order_of_training_resumes_within_an_epoch_and_does_not_depend_on_th
     assert sorted(sum(whole, [])) == list(range(40)) != sum(whole, [])
 
 
-@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("workers", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_result_does_not_depend_on_the_workers(images, trained, tmp_path, workers):
     arguments = [images, "--epochs", 2, "--seed", 1, *STEADY]
     losses(run_main(*arguments, "--workers", workers, cwd=tmp_path))

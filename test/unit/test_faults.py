@@ -136,7 +136,7 @@ def test_a_loader_that_hangs_is_one_line(images, tmp_path):
     assert "Traceback" not in out and wait_for(lambda: not processes_of(tmp_path))
 
 
-@pytest.mark.parametrize("killed", [1, 2])
+@pytest.mark.parametrize("killed", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_loader_that_is_killed_is_one_line(images, tmp_path, killed):
     run = start_main(images, *ENDLESS, "--workers", 2, cwd=tmp_path)
     read_until(run, r"^Epoch: \[0\]\[1/")
@@ -148,7 +148,8 @@ def test_a_loader_that_is_killed_is_one_line(images, tmp_path, killed):
     assert "Traceback" not in out and wait_for(lambda: not processes_of(tmp_path))
 
 
-@pytest.mark.parametrize("files", [16, 20, 24])
+@pytest.mark.parametrize("files", [16] + [
+    pytest.param(files, marks=pytest.mark.slow) for files in (20, 24)])
 def test_a_small_limit_of_open_files_is_one_line(images, tmp_path, files):
     command = ["sh", "-c", f"ulimit -n {files}; exec \"$@\"", "-"]
     result = subprocess.run(
@@ -175,7 +176,8 @@ def test_a_small_dev_shm(images, tmp_path, size):
 
 
 @pytest.mark.parametrize("redirection,words", [
-    (">/dev/full", "can't write to stdout: No space left on device"),
+    pytest.param(">/dev/full", "can't write to stdout: No space left on device",
+                 marks=pytest.mark.slow),
     ("| head -n 1", "can't write to stdout: Broken pipe"), (">&-", "stdout is closed")])
 def test_a_stdout_that_takes_nothing_is_one_line(images, tmp_path, redirection, words):
     line = f"{{ \"$@\"; echo $? >status; }} {redirection}"
@@ -374,7 +376,8 @@ def test_an_output_dir_that_takes_no_file_is_noticed_before_the_first_step(image
     assert "Epoch:" not in result.stdout
 
 
-@pytest.mark.parametrize("folder", ["nowhere", "/proc/sys"])
+@pytest.mark.parametrize("folder", [
+    pytest.param("nowhere", marks=pytest.mark.slow), "/proc/sys"])
 def test_an_evaluation_needs_no_output_dir_for_bad_images(
         trained, copy_of_images, tmp_path, folder):
     (copy_of_images / "val" / "class 1" / "bad.jpg").write_bytes(b"no image")
@@ -384,7 +387,8 @@ def test_an_evaluation_needs_no_output_dir_for_bad_images(
     assert counts(result)[2] == "32" and "=> can't read " in result.stdout
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pth.tar.tmp", "bad_images.txt"])
+@pytest.mark.parametrize("name", [
+    pytest.param("checkpoint.pth.tar.tmp", marks=pytest.mark.slow), "bad_images.txt"])
 def test_nothing_is_written_through_a_link(copy_of_images, tmp_path, name):
     (copy_of_images / "val" / "class 1" / "bad.jpg").write_bytes(b"no image")
     (tmp_path / "precious").write_text("precious")

@@ -145,6 +145,7 @@ def test_two_nodes_of_one_process_are_one_run(images, tmp_path):
     assert f"2 processes, rendezvous at {address}" in outputs[0] and "of 31 images" in outputs[0]
 
 
+@pytest.mark.slow
 def test_flags_end_before_the_data_folder(images, tmp_path):
     output, = finish([start_main("--epochs", 1, *several(2), "--", images, cwd=tmp_path)])
     check_outputs([output])

@@ -40,7 +40,8 @@ def end_of(run, timeout=120):
 
 
 @pytest.mark.parametrize("signum,status", [
-    (signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGTERM, 143)])
+    (signal.SIGHUP, 129), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_ends_with_its_status(images, tmp_path, signum, status):
     run = start_main(images, *ENDLESS, cwd=tmp_path)
     read_until(run, r"^Epoch: \[0\]\[0/")
@@ -49,6 +50,7 @@ def test_a_signal_saves_and_ends_with_its_status(images, tmp_path, signum, statu
     assert read_checkpoint(tmp_path) and not processes_of(tmp_path)
 
 
+@pytest.mark.slow
 def test_nohup_is_respected(images, tmp_path):
     command = ["sh", "-c", "trap '' HUP; exec \"$@\"", "-"] + main_command(images, *ENDLESS)
     run = start(command, tmp_path)
@@ -59,7 +61,8 @@ def test_nohup_is_respected(images, tmp_path):
     assert "SIGTERM: stopped, saved" in end_of(run) and run.returncode == 143
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [
+    pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ctrl_c_while_loaders_start(images, tmp_path, count):
     run = start_main(images, *ENDLESS, "--workers", 4, cwd=tmp_path)
     limit = time.monotonic() + 60

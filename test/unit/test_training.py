@@ -39,7 +39,8 @@ def test_topk_correct_counts_the_first_and_the_first_five(classes, expected):
 
 def test_what_a_run_leaves(trained):
     folder, result = trained
-    names = ["checkpoint-1.pth.tar", "checkpoint.pth.tar", "metrics.csv", "model_best.pth.tar"]
+    names = ["args.json", "checkpoint-1.pth.tar", "checkpoint.pth.tar", "metrics.csv",
+             "model_best.pth.tar"]
     assert sorted(path.name for path in folder.iterdir()) == names
     rows, checkpoint = read_metrics(folder), read_checkpoint(folder)
     assert [row["epoch"] for row in rows] == ["0", "1"] and tuple(rows[0]) == main.COLUMNS
@@ -67,7 +68,7 @@ def test_two_processes_train_as_one_does(images, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [
-    [], pytest.param(["--opt-level", "O2"], marks=needs_bf16),
+    [], pytest.param(["--opt-level", "O2"], marks=[needs_bf16, pytest.mark.slow]),
     pytest.param(several(2), marks=pytest.mark.slow)])
 def test_frozen_features_stay_as_they_were(images, trained, tmp_path, extra):
     start = trained[0] / "checkpoint.pth.tar"
