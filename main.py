@@ -1490,15 +1490,15 @@ def restore_ranks(run, checkpoint):
         run.log("=> no longer bit-identical to an uninterrupted run: it had " + "; ".join(changes))
 
 def write_metrics(run):
-    """Writes metrics.csv, a row for each epoch, and the last row to TensorBoard."""
+    """Writes metrics.csv, a row for each epoch, and to TensorBoard the last evaluation."""
     lines = [",".join(COLUMNS)]
     for row in run.history:
         lines.append(",".join([str(row["epoch"])] + [f"{row[name]:.6g}" for name in COLUMNS[1:]]))
     path = os.path.join(run.flags.output_dir, "metrics.csv")
     write_file("".join(f"{line}\n" for line in lines).encode(), path)
     if run.tensorboard:
-        for name in COLUMNS[1:]:
-            run.tensorboard.add_scalar(name, row[name], row["epoch"])
+        for name in ("val_loss", "acc1", "acc5"):
+            run.tensorboard.add_scalar(f"val/{name.replace('val_', '')}", row[name], row["epoch"])
         run.tensorboard.flush()
 
 def restore(run, checkpoint, path):
@@ -1635,27 +1635,27 @@ class EpochMeter:
                             "--lr or a longer --warmup")
 
     def print_step(self, step):
-        """Prints the last step, the time of the steps since the last line, and the epoch's means.
-        Loss and accuracy are those of this rank, the throughput is that of all."""
-        run, total = self.run, self.sampler.total
-        totals, figures = run.totals.tolist(), self.figures.tolist()
+        """Prints the last step, the time of the steps since the last line, and the throughput of
+        these and of the epoch. Loss and accuracy are those of this rank."""
+        run, figures = self.run, self.figures.tolist()
         interval, steady = self.measure() - self.printed, self.time - self.warm_up
         self.printed = self.time.copy()
-        step_time = interval[1] / interval[0]
+        steps, seconds, waiting = interval.tolist()
         steady_time = steady[1] / steady[0] if steady[0] else self.time[1] / self.time[0]
-        steps_left = self.steps * (run.flags.epochs - run.epoch) - step - 1
-        percent = 100 / self.sampler.batch_size
-        columns = [f"Epoch: [{run.epoch}][{step:{len(str(self.steps))}d}/{self.steps}]"]
-        for i, name in ((1, "Time"), (2, "Data")):
-            mean = self.time[i] / self.time[0]
-            columns.append(f"{name} {interval[i] / interval[0]:6.3f} ({mean:6.3f})")
-        columns.append(f"Loss {figures[0]:.4f} ({totals[0] / max(1, totals[1]):.4f})")
-        for i, name in ((1, "Acc@1"), (2, "Acc@5")):
-            mean = 100 * totals[i + 1] / totals[4]
-            columns.append(f"{name} {percent * figures[i]:6.2f} ({mean:6.2f})")
-        columns.append(f"ETA {datetime.timedelta(seconds=int(steps_left * steady_time))}")
-        columns.append(f"FPS {total / step_time:.2f} ( {total / steady_time:.2f} )")
-        run.log("\t".join(columns))
+        epochs_left = run.flags.epochs - run.epoch
+        time_left = ((self.steps * epochs_left - step - 1) * steady_time
+                     + epochs_left * run.evaluation_seconds)
+        lr = run.optimizer.param_groups[0]["lr"]
+        acc1 = 100 * figures[1] / self.sampler.batch_size
+        fps = self.sampler.total * steps / seconds
+        run.log(f"Epoch: [{run.epoch}][{step:{len(str(self.steps))}d}/{self.steps}]\t"
+                f"Time {seconds / steps:.3f}\tData {waiting / steps:.3f}\tLoss {figures[0]:.4f}\t"
+                f"Acc@1 {acc1:.2f}\tLR {lr:.4g}\tETA {datetime.timedelta(seconds=int(time_left))}\t"
+                f"FPS {fps:.2f} ( {self.sampler.total / steady_time:.2f} )")
+        if run.tensorboard:
+            number = run.epoch * self.steps + step
+            for name, value in (("loss", figures[0]), ("acc1", acc1), ("lr", lr), ("fps", fps)):
+                run.tensorboard.add_scalar(f"train/{name}", value, number)
 
     def summarize(self):
         """Returns the epoch's part of a row of metrics.csv, over all ranks."""
@@ -1703,6 +1703,7 @@ class Run:
     history: list = field(default_factory=list)  # the rows of metrics.csv
     steady_images: int = 0  # for the throughput: without warm-up, since this start of the run
     steady_seconds: float = 0.0
+    evaluation_seconds: float = 0.0  # of the last one, for the remaining time
 
     def log(self, text):
         """Prints a line; only rank 0 does."""
@@ -1821,7 +1822,9 @@ def train(run):
         try:
             row = train_epoch(run)
             average_running_stats(run.model, run.group)
+            begin = time.monotonic()
             row["val_loss"], row["acc1"], row["acc5"], _ = evaluate(run, run.model)
+            run.evaluation_seconds = time.monotonic() - begin
         except Stopped:
             save(run)
             raise
@@ -1834,8 +1837,9 @@ def train(run):
         save(run, best)
         if run.runtime.rank == 0:
             write_metrics(run)
-        run.log(f"=> epoch {row['epoch']} took {row['seconds']:.1f} s: "
-                f"loss {row['train_loss']:.4f}, best Acc@1 {run.best_acc1:.3f}, "
+        run.log(f"=> epoch {row['epoch']}: {row['seconds']:.1f} s, train loss "
+                f"{row['train_loss']:.4f} Acc@1 {row['train_acc1']:.2f}, val loss "
+                f"{row['val_loss']:.4f} Acc@1 {row['acc1']:.2f} (best {run.best_acc1:.2f}), "
                 f"FPS {row['fps']:.2f} ( {row['fps']:.2f} )")
     if not run.history:
         raise UserError(f"next epoch {run.epoch}, --epochs {run.flags.epochs}: nothing to do")

@@ -9,8 +9,8 @@ import torch
 
 import main
 import mnasnet
-from helpers import (TORCH, differences, losses, needs_bf16, parse, read_checkpoint, read_metrics,
-                     run_main, several, the_error)
+from helpers import (STEADY, TORCH, differences, losses, needs_bf16, parse, read_checkpoint,
+                     read_metrics, run_main, several, the_error)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -54,6 +54,48 @@ def test_the_log_can_be_read_as_the_reference_reads_it(trained):
     accuracy = [line for line in lines if "* Acc@1" in line][-1].split("Acc@1")[1].split()[0]
     loss = [float(line.split("Loss")[1].split()[0]) for line in lines if "Epoch:" in line]
     assert float(fps) > 0 and 0 <= float(accuracy) <= 100 and len(loss) == 8
+
+
+def test_the_log_names_the_rate_and_both_losses_and_is_at_most_120_columns_wide(trained):
+    lines = trained[1].stdout.splitlines()
+    assert all(len(line) <= 120 for line in lines), max(lines, key=len)
+    steps = [line.split("\t") for line in lines if line.startswith("Epoch:")]
+    names = ["Epoch:", "Time", "Data", "Loss", "Acc@1", "LR", "ETA", "FPS"]
+    assert all([column.split()[0] for column in step] == names for step in steps)
+    rates = [main.learning_rate(parse("--epochs", 2, *STEADY), step / 4) for step in range(8)]
+    assert [float(step[5].split()[1]) for step in steps] == pytest.approx(rates, rel=1e-3)
+    epochs = [re.findall(r"(?:loss|Acc@1|best) (\S+?)[,)\s]", line) for line in lines
+              if line.startswith("=> epoch")]
+    best = 0
+    for row, found in zip(read_metrics(trained[0]), epochs):
+        best = max(best, float(row["acc1"]))
+        expected = [row["train_loss"], row["train_acc1"], row["val_loss"], row["acc1"], best]
+        assert [float(value) for value in found] == pytest.approx(
+            [float(value) for value in expected], rel=1e-5, abs=6e-3)
+
+
+class Recorder:
+    """In place of a SummaryWriter: the (tag, step) that it was given."""
+
+    def __init__(self, folder):
+        self.points = []
+
+    def add_scalar(self, tag, value, step):
+        self.points.append((tag, int(step)))
+
+    def flush(self):
+        pass
+
+
+def test_the_tags_of_tensorboard(images, run_here, monkeypatch):
+    writers = []
+    monkeypatch.setattr(main, "open_tensorboard",
+                        lambda folder: writers.append(Recorder(folder)) or writers[-1])
+    losses(run_here(images, "--epochs", 2, "-p", 2, "--tensorboard", "events"))
+    steps = [(f"train/{name}", step) for step in (0, 2, 4, 6)
+             for name in ("loss", "acc1", "lr", "fps")]
+    values = [(f"val/{name}", epoch) for epoch in (0, 1) for name in ("loss", "acc1", "acc5")]
+    assert sorted(writers[0].points) == sorted(steps + values)
 
 
 @pytest.mark.slow
