@@ -1317,7 +1317,7 @@ def write_file(content, path, older=()):
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
         raise UserError(f"can't write {path}: {first_line(error)}. What was there is unchanged. "
-                        "Make room, or give another --output-dir")
+                        "Make room, or give another folder")
 
 def save(run, best=False):
     """Writes checkpoint.pth.tar, and before it model_best.pth.tar if this is the best model: after
@@ -1393,7 +1393,9 @@ def read_checkpoint(path):
 def adopt_flags(flags, checkpoint):
     """Returns the flags of an evaluation, with those of its checkpoint where the command line gives
     no others, and a list of what was taken from there."""
-    saved = dict(checkpoint.get("flags", {}), arch=checkpoint.get("arch", flags.arch))
+    saved = dict(checkpoint.get("flags", {}))
+    if checkpoint.get("arch") in mnasnet.WEIGHTS:  # timm's have other names
+        saved["arch"] = checkpoint["arch"]
     names = [name for name in ("arch", "val_resize_size", "val_crop_size", "opt_level")
              if name in saved]
     words = [f"--{name.replace('_', '-')}={saved[name]}" for name in names]

@@ -57,7 +57,8 @@ def folder(clone, trained, tmp_path_factory):
 
 def for_this_machine(command, images):
     """The command's words, but for the data, the interpreter, and what makes the run small."""
-    command = command.replace("/data/imagenet", shlex.quote(str(images))).replace("5120", "32")
+    command = re.sub("/data/(imagenet|flowers)", shlex.quote(str(images)), command)
+    command = command.replace("5120", "32")
     words = shlex.split(command)
     if words[0] == "bash":
         own, main_flags = words, []
@@ -75,6 +76,13 @@ def for_this_machine(command, images):
     return [sys.executable] + words[1:] + small
 
 
+def test_the_lines_of_python_run(folder):
+    lines = re.search(r"^```python\n(.*?)^```", README, re.M | re.S).group(1)
+    pytest.importorskip("torchvision")
+    finish([start([sys.executable, "-c", lines + "assert model(torch.ones(2, 3, 32, 32)).any()"],
+                  folder)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
 def test_the_commands_run(command, images, folder):
@@ -82,6 +90,8 @@ def test_the_commands_run(command, images, folder):
         pytest.skip("torchrun came with torch 1.9")
     if "--opt-level O" in command and TORCH < (1, 10):
         pytest.skip("low precision on the CPU came with torch 1.10")
+    if "plot_metrics" in command:
+        pytest.importorskip("matplotlib")
     words = for_this_machine(command, images)
     lines, environment = [words], {}
     if "--local_rank" in words:
@@ -89,5 +99,7 @@ def test_the_commands_run(command, images, folder):
         lines = [words[:value] + [str(rank)] + words[value + 1:] for rank in range(8)]
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     outputs = finish([start(line, folder, **environment) for line in lines])
-    expected = {"bash": "Final Performance", "tools/check_data.py": "0 bad image(s)"}
+    expected = {"bash": "Final Performance", "tools/check_data.py": "0 bad image(s)",
+                "tools/predict.py": "* Acc@1", "tools/export_onnx.py": "=> model.",
+                "tools/plot_metrics.py": "metrics.png"}
     assert expected.get(words[0], expected.get(words[1], "Result: Acc@1")) in outputs[0], outputs

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -147,6 +149,16 @@ has_tensorboard = importlib.util.find_spec("tensorboard") is not None
 def test_tensorboard(images, run_here, tmp_path):
     losses(run_here(images, "--epochs", 1, "--tensorboard", "events"))
     assert list((tmp_path / "events").iterdir())
+
+
+def test_a_folder_that_tensorboard_can_not_write_to_is_named(monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    package = types.SimpleNamespace(SummaryWriter=refuse)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    with pytest.raises(main.UserError, match="can't write to --tensorboard 'a': Permission denied"):
+        main.open_tensorboard("a")
 
 
 @pytest.mark.skipif(has_tensorboard, reason="tensorboard is installed")
