@@ -1348,16 +1348,6 @@ class SafePickle:
     def load(cls, file, **options):
         return cls.Unpickler(file, **options).load()
 
-def read_safetensors(path):
-    """Returns the tensors of a file of that format, by name."""
-    try:
-        from safetensors.torch import load_file
-        return load_file(path)
-    except ImportError:
-        raise UserError(f"{path} needs the package that reads it: pip install safetensors")
-    except Exception as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}")
-
 def read_checkpoint(path):
     """Returns a checkpoint file as a dictionary, and never runs code from it. Raises UserError
     where it is missing, damaged, or holds more than tensors and plain values."""
@@ -1366,18 +1356,17 @@ def read_checkpoint(path):
         torch.serialization.add_safe_globals([argparse.Namespace])  # torchvision's and timm's flags
     try:
         with open(path, "rb") as file:
-            magic = file.read(2)
+            start = file.read(2)
     except OSError as error:
-        raise UserError(f"no checkpoint {path!r} ({error.strerror}): give a file that torch.save "
-                        "wrote")
-    if path.endswith(".safetensors"):
-        return read_safetensors(path)
-    if magic != b"PK" and magic[:1] != b"\x80":  # torch before 1.6 wrote a bare pickle
-        raise UserError(f"{path} is not a checkpoint: it starts with {magic}, expected a file that "
-                        "torch.save wrote")
+        raise UserError(f"no checkpoint {path!r} ({error.strerror}): give a file that exists")
     try:
-        if magic == b"PK" and zipfile.ZipFile(path).testzip():
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
+        if start == b"PK" and zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum does not match")
+        if start != b"PK" and start[:1] != b"\x80":  # torch before 1.6 wrote a bare pickle
+            raise ValueError(f"it starts with {start}, which torch.save never writes")
         checkpoint = torch.load(path, map_location="cpu", **options)
         if not isinstance(checkpoint, dict):
             raise ValueError(f"it holds a {type(checkpoint).__name__}")
@@ -1388,7 +1377,7 @@ def read_checkpoint(path):
             raise UserError(f"{path} was not loaded: it holds more than tensors and plain values, "
                             f"which could run code ({code.group(1)}). Save its state_dict alone")
         reason = str(error).rsplit("error: ", 1)[-1]  # torch puts advice to load unsafely before it
-        raise UserError(f"{path} is damaged or not a checkpoint: {first_line(reason)}")
+        raise UserError(f"{path} can't be read as a checkpoint: {first_line(reason)}")
 
 def adopt_flags(flags, checkpoint):
     """Returns the flags of an evaluation, with those of its checkpoint where the command line gives

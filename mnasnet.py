@@ -168,16 +168,13 @@ def _initialize(module):
         nn.init.zeros_(module.bias)
 
 # timm's names of these modules, and of the parts of a block in the stacks.
-_TIMM = {
-    "conv_stem": "layers.0", "bn1": "layers.1", "conv_head": "layers.14", "bn2": "layers.15",
-    "blocks.0.0.conv_dw": "layers.3", "blocks.0.0.bn1": "layers.4", "classifier": "classifier.1",
-    "blocks.0.0.conv_pw": "layers.6", "blocks.0.0.bn2": "layers.7",
-}
+_TIMM = {"conv_stem": "layers.0", "bn1": "layers.1", "blocks.0.0.conv_dw": "layers.3",
+         "blocks.0.0.bn1": "layers.4", "blocks.0.0.conv_pw": "layers.6", "conv_head": "layers.14",
+         "blocks.0.0.bn2": "layers.7", "bn2": "layers.15", "classifier": "classifier.1"}
 _TIMM_BLOCK = {"conv_pw": 0, "bn1": 1, "conv_dw": 3, "bn2": 4, "conv_pwl": 6, "bn3": 7}
 
 def rename_from_timm(state_dict):
-    """Returns the state dict of one of timm's ``mnasnet_*`` under the names of this module. Raises
-    KeyError or ValueError for another network."""
+    """Returns the tensors of one of timm's ``mnasnet_*`` under the names that they have here."""
     renamed = {}
     for name, tensor in state_dict.items():
         module, kind = name.rsplit(".", 1)

@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 import torch
 
 from helpers import (ROOT, SMALL, TINY, command_line, folders_differ, free_port, main as trainer,
-                     main_command, make_images, parent, processes_of, several)
+                     main_command, make_images, parent, processes_of, receive_hangups, several)
 
 
 @dataclass
@@ -75,7 +75,8 @@ def start_logged(line, folder):
     """Starts a command whose output is appended to log.txt in its folder."""
     with (folder / "log.txt").open("a") as log:
         return subprocess.Popen(line, cwd=str(folder), stdout=log, stderr=subprocess.STDOUT,
-                                stdin=subprocess.DEVNULL, start_new_session=True)
+                                stdin=subprocess.DEVNULL, start_new_session=True,
+                                preexec_fn=receive_hangups)
 
 
 def read_log(folder):

@@ -4,6 +4,7 @@ import csv
 import os
 import pathlib
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -69,11 +70,17 @@ def run_main(*arguments, cwd, small=True, timeout=300, **environment):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout)
 
 
+def receive_hangups():
+    """In a new process: undoes what nohup has done to the tests."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def start(command, cwd, **environment):
     """A command in the background: a Popen with stdout and stderr together as text."""
     return subprocess.Popen(
         command, cwd=str(cwd), env=dict(os.environ, **environment), stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,
+        preexec_fn=receive_hangups)
 
 
 def start_main(*arguments, cwd, small=True, python=sys.executable, **environment):

@@ -226,7 +226,7 @@ def test_it_says_what_is_wrong(trained, tmp_path):
     (tmp_path / "page.html").write_text("<html>")
     torch.save({"weight": torch.zeros(3)}, str(tmp_path / "layer.pth"))
     torch.save({"state_dict": 1, "flags": 2}, str(tmp_path / "numbers.pth"))
-    assert "page.html is not a checkpoint" in error("page.html", "model.onnx")
+    assert "page.html can't be read as a checkpoint" in error("page.html", "model.onnx")
     assert "no checkpoint 'none.pth'" in error("none.pth", "model.onnx")
     assert "not a MnasNet checkpoint" in error("layer.pth", "model.onnx", "--size", 32)
     assert "does not hold what a checkpoint" in error("numbers.pth", "model.onnx")

@@ -360,7 +360,7 @@ def test_a_run_resumes_from_the_last_whole_checkpoint(images, copy_of_trained):
     newest.write_bytes(newest.read_bytes()[:-1000])
     result = resume(copy_of_trained, images)
     assert result.returncode == 0, result.stderr
-    assert "checkpoint.pth.tar is damaged" in result.stderr
+    assert "checkpoint.pth.tar can't be read as a checkpoint" in result.stderr
     assert "resumed from ./checkpoint-1.pth.tar" in result.stdout
 
 

@@ -223,7 +223,7 @@ def test_errors_take_one_line(ten, checkpoint, tmp_path):
     (tmp_path / "text").write_text("text")
     assert "no image" in the_error(predict(path, tmp_path / "empty"))
     assert "nowhere" in the_error(predict(path, val, tmp_path / "nowhere"))
-    assert "not a checkpoint" in the_error(predict(tmp_path / "text", val))
+    assert "as a checkpoint" in the_error(predict(tmp_path / "text", val))
     assert the_error(predict(tmp_path / "nowhere", val)).startswith("predict.py: error: no check")
     assert "nowhere" in the_error(predict(path, val, "--csv", tmp_path / "nowhere" / "out.csv"))
     result = predict(path, tmp_path / "text")
