@@ -163,15 +163,15 @@ def test_sigterm_ends_ranks_that_wait_for_rank_0(stopped_rank_0):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_signals_at_random_moments_from_the_start_on(tmp_path, processes):
-    flags = fault_injection.parse_args(["--fault", "start", "--kills", "12"])
+    flags = fault_injection.parse_args(["--fault", "start", "--kills", "6"])
     outcome = fault_injection.inject(flags, tmp_path, processes)
-    assert outcome.problems == [] and outcome.stopped == 12
+    assert outcome.problems == [] and outcome.stopped == 6
     assert outcome.left_running == outcome.left_in_shared_memory == outcome.left_in_temporary == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault,processes", [("rank", 3), ("loader", 1)])
 def test_ranks_and_loaders_that_stop_at_random_moments(tmp_path, fault, processes):
-    flags = fault_injection.parse_args(["--fault", fault, "--kills", "3"])
+    flags = fault_injection.parse_args(["--fault", fault, "--kills", "2"])
     outcome = fault_injection.inject(flags, tmp_path, processes)
-    assert outcome.problems == [] and outcome.stopped == 3 and outcome.left_running == 0
+    assert outcome.problems == [] and outcome.stopped == 2 and outcome.left_running == 0
