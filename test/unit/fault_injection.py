@@ -174,14 +174,6 @@ def compare_runs(flags, data, folder, processes, level, rng):
     return outcome
 
 
-def left_behind():
-    """The blocks of shared memory that nobody owns, and what runs put into the temporary folder."""
-    blocks = {name for name in os.listdir("/dev/shm") if not has_owner(name)}
-    names = {name for name in os.listdir(tempfile.gettempdir())
-             if re.match("mnasnet-|pymp-", name)}
-    return blocks, names
-
-
 def signal_start(line, folder, rng, length):
     """Signals a new run at a random moment of its start: seconds until its end, and problems."""
     run = start_logged(line, folder)
@@ -234,12 +226,14 @@ def wait_until_training(run, folder):
 
 def inject(flags, folder, processes):
     """Lets what --fault names happen to --kills new runs: the Outcome."""
-    runs, rng = folder / "runs", random.Random(flags.seed)
+    runs, temporary, rng = folder / "runs", folder / "tmp", random.Random(flags.seed)
     runs.mkdir()
+    temporary.mkdir()
     make_images(folder / "data")
     ranks = several(processes) if processes > 1 else []
     line = main_command(folder / "data", "--epochs", 10000, "--workers", 2, *ranks)
-    outcome, before, begin = Outcome(), left_behind(), time.monotonic()
+    outcome, shared_memory, begin = Outcome(), set(os.listdir("/dev/shm")), time.monotonic()
+    os.environ["TMPDIR"] = str(temporary)  # of the runs alone
     first = start_logged(line, runs)  # shows how long a start takes
     wait_until_training(first, runs)
     length = 1.2 * (time.monotonic() - begin)
@@ -261,8 +255,10 @@ def inject(flags, folder, processes):
         log = read_log(runs)
         if problems or "Traceback" in log:
             outcome.problems.append(f"{', '.join(problems)}: {log[-300:]}")
-    left = [after - names for after, names in zip(left_behind(), before)]
-    outcome.left_in_shared_memory, outcome.left_in_temporary = map(len, left)
+    del os.environ["TMPDIR"]
+    left = set(os.listdir("/dev/shm")) - shared_memory
+    outcome.left_in_shared_memory = len([name for name in left if not has_owner(name)])
+    outcome.left_in_temporary = len(os.listdir(str(temporary)))
     return outcome
 
 

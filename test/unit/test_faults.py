@@ -289,7 +289,8 @@ def test_a_disk_that_fills_up(images, trained, small_disk, tmp_path):
     assert resize(size * 3 // 2) == 0  # leaves room for half of another checkpoint
     error = the_error(resume(disk, images))
     assert "No space left" in error and "is unchanged" in error
-    assert sorted(path.name for path in disk.iterdir()) == ["checkpoint.pth.tar", "metrics.csv"]
+    assert sorted(path.name for path in disk.iterdir()) == [
+        "args.json", "checkpoint.pth.tar", "metrics.csv"]
     assert resize(size * 9) == 0
     shutil.copytree(str(disk), str(tmp_path / "roomy"))
     for folder in (disk, tmp_path / "roomy"):

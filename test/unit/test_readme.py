@@ -46,10 +46,16 @@ def commands():
 
 
 @pytest.fixture(scope="module")
-def folder(clone, trained, tmp_path_factory):
-    """A clone with a trained model in it."""
+def folder(clone, tmp_path_factory):
+    """A clone of the repository."""
     folder = tmp_path_factory.mktemp("as in the README") / "clone"
     shutil.copytree(str(clone), str(folder), ignore=shutil.ignore_patterns("output"))
+    return folder
+
+
+@pytest.fixture
+def with_model(folder, trained):
+    """The clone with a trained model in it, whatever commands have run there before."""
     for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
         shutil.copy(str(trained[0] / name), str(folder))
     return folder
@@ -76,16 +82,16 @@ def for_this_machine(command, images):
     return [sys.executable] + words[1:] + small
 
 
-def test_the_lines_of_python_run(folder):
+def test_the_lines_of_python_run(with_model):
     lines = re.search(r"^```python\n(.*?)^```", README, re.M | re.S).group(1)
     pytest.importorskip("torchvision")
     finish([start([sys.executable, "-c", lines + "assert model(torch.ones(2, 3, 32, 32)).any()"],
-                  folder)])
+                  with_model)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
-def test_the_commands_run(command, images, folder):
+def test_the_commands_run(command, images, with_model):
     if command.startswith("torchrun") and TORCH < (1, 9):
         pytest.skip("torchrun came with torch 1.9")
     if "--opt-level O" in command and TORCH < (1, 10):
@@ -98,7 +104,7 @@ def test_the_commands_run(command, images, folder):
         value = words.index("--local_rank") + 1
         lines = [words[:value] + [str(rank)] + words[value + 1:] for rank in range(8)]
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    outputs = finish([start(line, folder, **environment) for line in lines])
+    outputs = finish([start(line, with_model, **environment) for line in lines])
     expected = {"bash": "Final Performance", "tools/check_data.py": "0 bad image(s)",
                 "tools/predict.py": "* Acc@1", "tools/export_onnx.py": "=> model.",
                 "tools/plot_metrics.py": "metrics.png"}

@@ -103,11 +103,11 @@ def test_the_tags_of_tensorboard(images, run_here, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(images, tmp_path):
     arguments = [images, "--epochs", 1, "--seed", 2, "--freeze", "bn", "--dropout", 0]
-    for extra in ([], several(2)):
-        losses(run_main(*arguments, *extra, cwd=tmp_path))
+    for folder, extra in (("one", []), ("two", several(2))):
+        losses(run_main(*arguments, *extra, "--output-dir", folder, cwd=tmp_path))
     # The log shows the first process's half of each batch, metrics.csv the mean over both.
-    names = ("checkpoint-1.pth.tar", "checkpoint.pth.tar")
-    one, two = [read_checkpoint(tmp_path, name)["history"][0]["train_loss"] for name in names]
+    one, two = [read_checkpoint(tmp_path / folder)["history"][0]["train_loss"]
+                for folder in ("one", "two")]
     assert one == pytest.approx(two, rel=1e-4)
 
 
