@@ -162,7 +162,7 @@ def open_apex(monkeypatch, vendor):
     return Apex(amp, vendor, device)
 
 
-@pytest.fixture(params=["nvidia", "ascend"])
+@pytest.fixture(params=["nvidia", pytest.param("ascend", marks=pytest.mark.slow)])
 def apex(request, in_process, monkeypatch):
     yield open_apex(monkeypatch, request.param)
     restore_torch()

@@ -88,6 +88,7 @@ def maps_of(pid):
         return file.read()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(TORCH < (1, 7), reason="torch 1.5 starts loaders while it waits for them")
 def test_a_signal_ends_and_saves_a_run_that_waits_for_its_loaders(images, tmp_path):
     run = start_hanging(tmp_path, images)

@@ -112,8 +112,8 @@ def test_two_processes_train_as_one_does(images, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [
-    [], pytest.param(["--opt-level", "O2"], marks=[needs_bf16, pytest.mark.slow]),
-    pytest.param(several(2), marks=pytest.mark.slow)])
+    [], pytest.param(["--opt-level", "O2"], marks=needs_bf16), several(2)])
+@pytest.mark.slow
 def test_frozen_features_stay_as_they_were(images, trained, tmp_path, extra):
     start = trained[0] / "checkpoint.pth.tar"
     arguments = [images, "--epochs", 2, "--freeze", "features", "--seed", 1, *extra]
