@@ -39,7 +39,7 @@ import io
 import json
 import math
 import mmap
-import multiprocessing
+import multiprocessing.queues
 import os
 import pickle
 import random
@@ -890,6 +890,8 @@ def init_loader(parent, index):
     torch.set_num_threads(1)
     signal.set_wakeup_fd(-1)
     die_with_parent(parent, signal.SIGKILL)
+    # Where a batch can't be handed over, Python would print a traceback and go on.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *error: os._exit(1))
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
