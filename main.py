@@ -459,7 +459,6 @@ class ProcessGroup:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         install_handler(self.receive_signal)
-        self.ended.clear()
         threading.Thread(target=self.end_in_time, args=(reader, checkpoint), daemon=True).start()
         try:
             yield
@@ -1027,8 +1026,10 @@ class Precision:
         self.loss_scale = flags.loss_scale
         self.verbosity = 0 if runtime.rank else 1
         low = self.level != "O0"
-        apex, self.note = find_apex(flags, backend)
+        asked_for = low or flags.amp_backend == "apex"
+        apex, self.note = find_apex(flags, backend) if asked_for else (None, "")
         self.apex = apex if low else None
+        self.is_npu = backend.name == "npu"
         self.conv_dtype = backend.amp_dtype if low else torch.float32
         native_o2 = self.level == "O2" and not self.apex
         self.input_dtype = self.conv_dtype if native_o2 else torch.float32
@@ -1071,7 +1072,7 @@ class Precision:
         options = {"opt_level": self.level, "verbosity": self.verbosity}
         if optimizer is None:
             return self.apex.initialize(model, **options), None
-        if "combine_grad" in inspect.signature(self.apex.initialize).parameters:  # Ascend's apex
+        if self.is_npu:
             options["combine_grad"] = True
         fixed = self.loss_scale != "dynamic"
         if fixed:  # apex notices no overflow of a fixed scale, but of one that can't move
@@ -1954,13 +1955,13 @@ def run_training(flags, runtime, group, notes):
     run.model, run.optimizer = run.precision.initialize(run.model, optimizer)
     run.train_model = wrap_for_training(run.model, flags, runtime, run.precision)
     with lock_folder(flags.output_dir) if runtime.rank == 0 else contextlib.nullcontext():
-        own = path and os.path.samefile(os.path.dirname(path) or ".", flags.output_dir)
-        if runtime.rank == 0 and not own and not flags.run_prof:
-            set_results_aside(run)
+        if runtime.rank == 0:  # another node may not have the folder
+            own = path and os.path.samefile(os.path.dirname(path) or ".", flags.output_dir)
+            if not own and not flags.run_prof:
+                set_results_aside(run)
+            write_flags(run)
         if path:
             restore(run, checkpoint, path)
-        if runtime.rank == 0:
-            write_flags(run)
         with group.handle_signals(checkpoint_path(flags)):
             return profile(run) if flags.run_prof else train(run)
 
