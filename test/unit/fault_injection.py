@@ -117,6 +117,11 @@ def has_owner(name):
     return owner is None or os.path.exists(f"/proc/{owner.group(1)}")
 
 
+def left_in_shared_memory(before):
+    """How many blocks that nobody owns /dev/shm has, apart from the names it had ``before``."""
+    return len([name for name in set(os.listdir("/dev/shm")) - before if not has_owner(name)])
+
+
 def disturb(flags, line, whole, broken, length, rng):
     """Stops a run until it was stopped --kills times, starting it again each time: an Outcome.
 
@@ -169,8 +174,7 @@ def compare_runs(flags, data, folder, processes, level, rng):
     else:
         outcome.problems += folders_differ(whole, broken)
     outcome.resumed = read_log(broken).count("resumed from")
-    left = set(os.listdir("/dev/shm")) - shared_memory
-    outcome.left_in_shared_memory = len([name for name in left if not has_owner(name)])
+    outcome.left_in_shared_memory = left_in_shared_memory(shared_memory)
     return outcome
 
 
@@ -256,8 +260,7 @@ def inject(flags, folder, processes):
         if problems or "Traceback" in log:
             outcome.problems.append(f"{', '.join(problems)}: {log[-300:]}")
     del os.environ["TMPDIR"]
-    left = set(os.listdir("/dev/shm")) - shared_memory
-    outcome.left_in_shared_memory = len([name for name in left if not has_owner(name)])
+    outcome.left_in_shared_memory = left_in_shared_memory(shared_memory)
     outcome.left_in_temporary = len(os.listdir(str(temporary)))
     return outcome
 

@@ -29,6 +29,7 @@ TINY = ["-a", "mnasnet0_5", "--train-crop-size", "32", "--val-resize-size", "32"
 SMALL = ["--device", "cpu", "-b", "8", "--lr", "0.01", "--workers", "1"] + TINY
 # Keeps the losses of a network that has seen few and small images finite.
 STEADY = ["--lr", "0.001", "--bn-momentum", "0.9"]
+ENDLESS = ["--epochs", 10000]  # so that the run can't end before a test disturbs it
 CLOCKS = ("fps", "seconds", "data_wait")  # what differs between two runs that are otherwise equal
 
 needs_bf16 = pytest.mark.skipif(
@@ -86,6 +87,27 @@ def start(command, cwd, **environment):
 def start_main(*arguments, cwd, small=True, python=sys.executable, **environment):
     """main.py in the background (see ``start``)."""
     return start(main_command(*arguments, small=small, python=python), cwd, **environment)
+
+
+# Image files of class 3 hang, as on a network disk that is gone, once there is a file named hang.
+HANGS = """
+import os, sys, time, main
+read_image = main.read_image
+
+def hang(path, *rest):
+    if "class 3" in path and os.path.exists("hang"):
+        time.sleep(3600)
+    return read_image(path, *rest)
+
+main.read_image = hang
+sys.exit(main.main())
+"""
+
+
+def start_hanging(*arguments, cwd):
+    """main.py in the background (see ``start``), with loaders that hang when a test says so."""
+    command = main_command(*arguments)
+    return start([command[0], "-c", HANGS] + command[2:], cwd, PYTHONPATH=str(ROOT))
 
 
 def finish(processes, timeout=300):

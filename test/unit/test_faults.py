@@ -22,12 +22,10 @@ from PIL import Image
 
 import fault_injection
 import main
-from helpers import (ROOT, SMALL, TINY, claim_size, counts, differences, finish, folders_differ,
-                     free_port, main_command, make_images, needs_bf16, parent, processes_of,
-                     read_checkpoint, read_until, run_main, several, start, start_main, the_error,
-                     torchrun)
-
-ENDLESS = ["--epochs", 10000]  # so that the run can't end before a test disturbs it
+from helpers import (ENDLESS, ROOT, SMALL, TINY, claim_size, counts, differences, finish,
+                     folders_differ, free_port, main_command, make_images, needs_bf16, parent,
+                     processes_of, read_checkpoint, read_until, run_main, several, start,
+                     start_hanging, start_main, the_error, torchrun)
 
 
 def wait_for(get, seconds=60):
@@ -114,23 +112,9 @@ def test_a_rank_that_can_not_read_its_data_is_named(images, tmp_path):
     assert "rank 1: no folder" in out[1] and "nowhere" in out[1], out
 
 
-HANGS = """
-import sys, time, main
-read_image = main.read_image
-
-def hang(path, *rest):
-    if "class 3" in path:
-        time.sleep(3600)  # as on a network disk that is gone
-    return read_image(path, *rest)
-
-main.read_image = hang
-sys.exit(main.main())
-"""
-
-
 def test_a_loader_that_hangs_is_one_line(images, tmp_path):
-    command = main_command(images, "--dist-timeout", 5)
-    run = start([command[0], "-c", HANGS] + command[2:], tmp_path, PYTHONPATH=str(ROOT))
+    (tmp_path / "hang").touch()
+    run = start_hanging(images, "--dist-timeout", 5, cwd=tmp_path)
     out = run.communicate(timeout=300)[0]
     assert run.returncode == 1 and out.count("main.py: error: DataLoader timed out") == 1, out
     assert "Traceback" not in out and wait_for(lambda: not processes_of(tmp_path))

@@ -6,33 +6,11 @@ import time
 import pytest
 
 import fault_injection
-from helpers import (ROOT, TORCH, free_port, main_command, parent, processes_of, read_checkpoint,
-                     read_until, run_main, several, start, start_main)
-
-ENDLESS = ["--epochs", 10000]  # so that the run can't end before a test disturbs it
+from helpers import (ENDLESS, TORCH, free_port, main_command, parent, processes_of, read_checkpoint,
+                     read_until, run_main, several, start, start_hanging, start_main)
 
 old_loaders = pytest.mark.skipif(
     TORCH < (2, 0), reason="a loader of torch 1.8 may print a traceback after training has ended")
-
-# Image files of class 3 hang, as on a network disk that is gone, from the second epoch on.
-HANGS = """
-import os, sys, time, main
-read_image = main.read_image
-
-def hang(path, *rest):
-    if "class 3" in path and os.path.exists("hang"):
-        time.sleep(3600)
-    return read_image(path, *rest)
-
-main.read_image = hang
-sys.exit(main.main())
-"""
-
-
-def start_hanging(folder, images, *arguments):
-    """A run whose loaders hang once there is a file named hang."""
-    command = main_command(images, *ENDLESS, "--seed", 1, *arguments)
-    return start([command[0], "-c", HANGS] + command[2:], folder, PYTHONPATH=str(ROOT))
 
 
 def end_of(run, timeout=120):
@@ -94,7 +72,7 @@ def maps_of(pid):
 @pytest.mark.slow
 @pytest.mark.skipif(TORCH < (1, 7), reason="torch 1.5 starts loaders while it waits for them")
 def test_a_signal_ends_and_saves_a_run_that_waits_for_its_loaders(images, tmp_path):
-    run = start_hanging(tmp_path, images)
+    run = start_hanging(images, *ENDLESS, "--seed", 1, cwd=tmp_path)
     read_until(run, r"^Epoch: \[1\]\[0/")
     (tmp_path / "hang").touch()
     time.sleep(2)
@@ -110,11 +88,9 @@ def test_a_signal_ends_and_saves_a_run_that_waits_for_its_loaders(images, tmp_pa
 
 @pytest.mark.slow
 def test_a_signal_ends_processes_that_wait_for_their_loaders(images, tmp_path):
-    command = main_command(images, *ENDLESS, "--save-freq", 1)
     url = f"tcp://127.0.0.1:{free_port()}"
-    runs = [start([command[0], "-c", HANGS] + command[2:] + [str(word) for word in (
-        *several(2), "--local_rank", rank, "--dist-url", url)], tmp_path, PYTHONPATH=str(ROOT))
-        for rank in range(2)]
+    runs = [start_hanging(images, *ENDLESS, "--save-freq", 1, *several(2), "--local_rank", rank,
+                          "--dist-url", url, cwd=tmp_path) for rank in range(2)]
     read_until(runs[0], r"^Epoch: \[1\]\[0/")
     (tmp_path / "hang").touch()
     time.sleep(2)
