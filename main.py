@@ -1553,7 +1553,7 @@ def set_results_aside(run):
     root = run.flags.output_dir
     results = r"(checkpoint(-\d+)?|model_best)\.pth\.tar|metrics\.csv|args\.json"
     names = [name for name in os.listdir(root) if re.fullmatch(results, name)]
-    if names:
+    if set(names) - {"args.json"}:  # which a run that was stopped early leaves alone
         folder = tempfile.mkdtemp(dir=root, prefix=time.strftime("previous-%Y%m%d-%H%M%S-"))
         for name in names:
             os.replace(os.path.join(root, name), os.path.join(folder, name))

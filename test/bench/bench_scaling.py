@@ -27,7 +27,7 @@ def train(flags, output, processes, cores):
     return common.images_per_second(common.run_python([
         common.ROOT / "main.py", "--synthetic", flags.steps * batch_size,
         "--device", flags.device, "-a", flags.arch, "-b", batch_size, *options, "--epochs", 1,
-        "--lr", 0.01, "--train-crop-size", flags.size, "--val-crop-size", flags.size,
+        "--lr", 0, "--train-crop-size", flags.size, "--val-crop-size", flags.size,
         "--val-resize-size", flags.size, "--workers", flags.workers, "--output-dir", output],
         cores=cores))
 

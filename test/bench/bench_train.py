@@ -37,7 +37,7 @@ def baseline_loop(flags):
     model = common.build_network(flags.arch).to(device)
     criterion = torch.nn.CrossEntropyLoss().to(device)
     optimizer = torch.optim.SGD(
-        model.parameters(), 0.01, momentum=0.9, weight_decay=1e-5, nesterov=True)
+        model.parameters(), 0.0, momentum=0.9, weight_decay=1e-5, nesterov=True)
     skipped = min(5, len(loader) // 2)
     losses, acc1, acc5 = [], [], []
     model.train()
@@ -92,7 +92,7 @@ class Trainer:
         workers = [] if self.flags.workers is None else ["--workers", self.flags.workers]
         return common.images_per_second(common.run_python([
             *program, *images, *common.shared_options(self.flags), *workers, "--opt-level", level,
-            "--epochs", 1, "--lr", 0.01, "--wd", 1e-5, "--train-crop-size", self.flags.size,
+            "--epochs", 1, "--lr", 0, "--wd", 1e-5, "--train-crop-size", self.flags.size,
             "--output-dir", self.output]))
 
     def from_files(self, repository, level):
