@@ -1422,11 +1422,10 @@ def loading(path):
         raise UserError(f"{path} does not hold what a checkpoint of this run holds "
                         f"({type(error).__name__}: {first_line(error)})")
 
-def load_weights(model, checkpoint, path, classes, new_classifier=False):
-    """Loads a checkpoint of this trainer, of the reference, of torchvision's or timm's trainer, or
-    a plain state dict. Raises UserError where it does not fit the model or its classes. If only the
-    classes differ, ``new_classifier`` keeps the model's own classifier; a note for the log is
-    returned."""
+def find_state(checkpoint, path):
+    """Returns the state dict of a checkpoint of this trainer, of the reference, of torchvision's or
+    timm's trainer, or of a plain state dict, under the model's names. Raises UserError where it
+    holds none, or values that are not finite."""
     state = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
     for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
         if isinstance(state, dict) and all(str(name).startswith(prefix) for name in state):
@@ -1436,6 +1435,13 @@ def load_weights(model, checkpoint, path, classes, new_classifier=False):
     if not isinstance(state, dict) or not torch.is_tensor(state.get("classifier.1.weight")):
         raise UserError(f"{path} is not a MnasNet checkpoint: it has no classifier.1.weight")
     check_finite(state, path, "give another file")
+    return state
+
+def load_weights(model, checkpoint, path, classes, new_classifier=False):
+    """Loads the state dict of a checkpoint. Raises UserError where it does not fit the model or its
+    classes. If only the classes differ, ``new_classifier`` keeps the model's own classifier; a note
+    for the log is returned."""
+    state = find_state(checkpoint, path)
     count, note = len(state["classifier.1.weight"]), ""
     if count != model.num_classes or checkpoint.get("classes", classes) != classes:
         other = "other " if count == model.num_classes else ""

@@ -31,10 +31,9 @@ def load_model(path, arch, size):
         names = [arch, checkpoint.get("arch"), flags["arch"]]
         arch = [name for name in names if name in mnasnet.WEIGHTS][0]  # timm has other names
         classes = checkpoint.get("classes")
-        state = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
-        rows = [len(state[name]) for name in state if "classifier." in str(name)]
+        count = len(trainer.find_state(checkpoint, path)["classifier.1.weight"])
         # Not by build_model: its convolutions for the CPU of torch 1.8 can't be exported.
-        model = getattr(mnasnet, arch)(num_classes=len(classes or ()) or max(rows + [1]))
+        model = getattr(mnasnet, arch)(num_classes=count)
         trainer.load_weights(model, checkpoint, path, classes)
         crop = size or flags["val_crop_size"]
         resize = round(crop * flags["val_resize_size"] / flags["val_crop_size"])

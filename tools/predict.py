@@ -64,11 +64,8 @@ def load_model(arguments):
     with trainer.loading(path):
         saved = dict(checkpoint, arch=arguments.arch) if arguments.arch else checkpoint
         flags, _ = trainer.adopt_flags(trainer.parse_args(words), saved)
-        state = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
-        rows = [len(state[name]) for name in state
-                if str(name).endswith(("classifier.1.weight", "classifier.weight"))]  # timm: no 1
-        numbers = [str(number) for number in range(max(rows + [1]))]
-        classes = list(checkpoint.get("classes", numbers))
+        count = len(trainer.find_state(checkpoint, path)["classifier.1.weight"])
+        classes = list(checkpoint.get("classes", map(str, range(count))))
     runtime = trainer.open_device(flags, trainer.select_backend(flags)[0])
     precision = trainer.Precision(flags, runtime)
     precision.verbosity = 0  # apex would print between the predictions
