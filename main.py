@@ -889,8 +889,6 @@ def init_loader(parent, index):
     torch.set_num_threads(1)
     signal.set_wakeup_fd(-1)
     die_with_parent(parent, signal.SIGKILL)
-    # Where a batch can't be handed over, Python would print a traceback and go on.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *error: os._exit(1))
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
@@ -909,9 +907,13 @@ def make_loader(images, flags, runtime, batch_size, workers, seed=None):
     persistent = workers > 0 and TORCH >= (1, 7)
     options = {"persistent_workers": True} if persistent else {}
     jpeg_decoder()  # imported before the loaders start, not in each of them
+    parent = os.getpid()
+    # A queue to a process that has ended would print a traceback: a loader then ends, too.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(
+        lambda *error: os.getpid() == parent or os._exit(1))
     loader = ImageLoader(
         batches, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=tuple,
-        worker_init_fn=functools.partial(init_loader, os.getpid()),
+        worker_init_fn=functools.partial(init_loader, parent),
         timeout=flags.dist_timeout if workers else 0, **options)
     if persistent:
         # Starts the processes with nothing to fetch: after the first steps they would be forked

@@ -261,7 +261,9 @@ def inject(flags, folder, processes):
             outcome.problems.append(f"{', '.join(problems)}: {log[-300:]}")
     del os.environ["TMPDIR"]
     outcome.left_in_shared_memory = left_in_shared_memory(shared_memory)
-    outcome.left_in_temporary = len(os.listdir(str(temporary)))
+    left = os.listdir(str(temporary))
+    outcome.left_in_temporary = len(left)
+    outcome.problems += [f"in the temporary folder: {', '.join(left)}"] if left else []
     return outcome
 
 

@@ -9,9 +9,6 @@ import fault_injection
 from helpers import (ENDLESS, TORCH, free_port, main_command, parent, processes_of, read_checkpoint,
                      read_until, run_main, several, start, start_hanging, start_main)
 
-old_loaders = pytest.mark.skipif(
-    TORCH < (2, 0), reason="a loader of torch 1.8 may print a traceback after training has ended")
-
 
 def end_of(run, timeout=120):
     """What a run printed until it ended by itself, with no process left."""
@@ -140,7 +137,6 @@ def test_sigterm_ends_ranks_that_wait_for_rank_0(stopped_rank_0):
         assert "SIGTERM: stopped without saving" in end_of(run) and run.returncode == 143
 
 
-@old_loaders
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_signals_at_random_moments_from_the_start_on(tmp_path, processes):
@@ -150,7 +146,6 @@ def test_signals_at_random_moments_from_the_start_on(tmp_path, processes):
     assert outcome.left_running == outcome.left_in_shared_memory == outcome.left_in_temporary == 0
 
 
-@old_loaders
 @pytest.mark.slow
 @pytest.mark.parametrize("fault,processes", [("rank", 3), ("loader", 1)])
 def test_ranks_and_loaders_that_stop_at_random_moments(tmp_path, fault, processes):
