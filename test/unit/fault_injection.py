@@ -181,11 +181,27 @@ def compare_runs(flags, data, folder, processes, level, rng):
 def signal_start(line, folder, rng, length):
     """Signals a new run at a random moment of its start: seconds until its end, and problems."""
     run = start_logged(line, folder)
-    time.sleep(rng.uniform(0.1, length))  # Python itself needs the first tenth of a second
+    wait_until_python_has_started(run)
+    time.sleep(rng.uniform(0, length))
     signum = rng.choice(trainer.SIGNALS)
     seconds = stop(run, folder, signum, rng, at_a_rank=False)
     ended = run.returncode in (-signum, 128 + signum) and "error:" not in read_log(folder)
     return seconds, [] if ended else [f"{signum.name}: status {run.returncode}"]
+
+
+def wait_until_python_has_started(run):
+    """Waits for main.py's first line, which takes SIGINT from Python: before it, an interrupt is
+    Python's own traceback."""
+    for caught in (True, False):
+        while run.poll() is None and catches_interrupt(run.pid) != caught:
+            time.sleep(0.001)
+
+
+def catches_interrupt(pid):
+    """Whether a process has a handler for SIGINT."""
+    with open(f"/proc/{pid}/status") as file:
+        mask = re.search(r"^SigCgt:\s*(\w+)", file.read(), re.M)
+    return bool(int(mask.group(1), 16) >> (signal.SIGINT - 1) & 1)
 
 
 def stop_rank(line, folder, rng, length, processes):
@@ -261,7 +277,8 @@ def inject(flags, folder, processes):
             outcome.problems.append(f"{', '.join(problems)}: {log[-300:]}")
     del os.environ["TMPDIR"]
     outcome.left_in_shared_memory = left_in_shared_memory(shared_memory)
-    left = os.listdir(str(temporary))
+    # torch.distributed makes its compiler's cache there, for all runs.
+    left = [name for name in os.listdir(str(temporary)) if not name.startswith("torchinductor_")]
     outcome.left_in_temporary = len(left)
     outcome.problems += [f"in the temporary folder: {', '.join(left)}"] if left else []
     return outcome
