@@ -1,10 +1,13 @@
 """What the README says of main.py, and the addresses that the repository names."""
 
+import os
 import re
 import shlex
 import shutil
 import sys
+import tarfile
 
+import numpy as np
 import pytest
 
 import main
@@ -80,6 +83,36 @@ def for_this_machine(command, images):
         words = [word if word != "8" else "2" for word in words]
         return [sys.executable, "-m", "torch.distributed.run"] + words[1:] + small
     return [sys.executable] + words[1:] + small
+
+
+def test_the_archives_of_imagenet_become_class_folders(images, tmp_path, monkeypatch):
+    """The archives are small ones of the same layout, so their checksums are not compared."""
+    scipy_io = pytest.importorskip("scipy.io")
+    imagenet = pytest.importorskip("torchvision.datasets.imagenet")
+    devkit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+    devkit.mkdir(parents=True)
+    synsets = np.zeros(2, [(name, object) for name in ("id", "wnid", "words", "gloss", "children")])
+    synsets[:] = [(1, "n01440764", "tench", "", 0), (2, "n01443537", "goldfish", "", 0)]
+    scipy_io.savemat(str(devkit / "meta.mat"), {"synsets": synsets})
+    (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n2\n")
+    image = next((images / "val").glob("*/*"))
+    root = tmp_path / "imagenet"
+    root.mkdir()
+    with tarfile.open(str(root / "ILSVRC2012_devkit_t12.tar.gz"), "w:gz") as archive:
+        archive.add(str(devkit.parent), devkit.parent.name)
+    with tarfile.open(str(root / "ILSVRC2012_img_val.tar"), "w") as archive:
+        for number in (1, 2, 3):
+            archive.add(str(image), f"ILSVRC2012_val_{number:08d}.JPEG")
+    with tarfile.open(str(root / "ILSVRC2012_img_train.tar"), "w") as archive:
+        for name in ("n01440764", "n01443537"):
+            with tarfile.open(str(tmp_path / f"{name}.tar"), "w") as inner:
+                inner.add(str(image), f"{name}_1.JPEG")
+            archive.add(str(tmp_path / f"{name}.tar"), f"{name}.tar")
+    monkeypatch.setattr(imagenet, "check_integrity", lambda path, md5=None: os.path.exists(path))
+    code = re.search('^python -c "(.*ImageNet.*)"$', README, re.M).group(1)
+    exec(code.replace("/data/imagenet", str(root)), {})
+    train, val = main.open_images(main.parse_args([str(root)]))
+    assert train.classes == ["n01440764", "n01443537"] and val.labels.tolist() == [0, 1, 1]
 
 
 def test_the_lines_of_python_run(with_model):
