@@ -607,19 +607,15 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million: a loader stays below 1.5 GB
 @functools.lru_cache(None)
 def jpeg_decoder():
     """Returns torchvision's JPEG decoder, bytes -> uint8 [3, H, W], or None to use Pillow."""
-    if TORCH < (2, 1):  # no antialiased resize of uint8
-        return None
-    try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-    except (ImportError, RuntimeError):
-        return None
-    warnings.filterwarnings("ignore", module="torchvision")  # deprecated since torchvision 0.29
-    return lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8),
-                                    mode=ImageReadMode.RGB)
+    with contextlib.suppress(ImportError, RuntimeError):
+        if TORCH >= (2, 1):  # which resizes uint8 with antialiasing
+            from torchvision.io import ImageReadMode, decode_jpeg
+            return lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8),
+                                            mode=ImageReadMode.RGB)
+    return None
 
 def jpeg_pixels(data):
-    """Returns the number of pixels that the header of a JPEG file claims, or 0 where none is found
-    (ITU-T T.81, B.2.2: marker, length, precision, height, width)."""
+    """Returns the number of pixels that a JPEG's header claims, or 0 (ITU-T T.81, B.2.2)."""
     position = 2
     while data[position:position + 1] == b"\xff" and position + 9 <= len(data):
         length, _, height, width = struct.unpack_from(">HBHH", data, position + 2)
@@ -651,41 +647,32 @@ def to_rgb(image):
 
 def read_with_pillow(data, get_crop, size):
     """Returns the crop of an encoded image as uint8 [size, size, 3]; one resize does it all."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # unusual metadata
-        image = Image.open(io.BytesIO(data))
-        full_size = image.size
-        limit = MAX_PIXELS
-        if image.format in ("JPEG", "MPO"):
-            limit *= 2  # decoded at a fraction of its size
-        elif image.format == "WEBP" or image.mode in ("LA", "PA"):
-            limit //= 2  # of which several copies are made
-        if full_size[0] * full_size[1] > limit:
-            raise ValueError(f"{full_size[0]} x {full_size[1]} pixels, at most {limit} are decoded")
-        crop = get_crop(*full_size)
-        scale = [crop.box[i + 2] / crop.resized[i] for i in (0, 1)]
-        left, top = (crop.box[i] + crop.corner[i] * scale[i] for i in (0, 1))
-        box = (left, top, left + size * scale[0], top + size * scale[1])  # in pixels of the file
-        # JPEG decodes faster at 1/2, 1/4 or 1/8 of the resolution; twice the crop's is enough.
-        image.draft("RGB", tuple(int(2 * side / max(2, min(scale))) for side in full_size))
-        image = to_rgb(image)
-        factor = round(full_size[0] / image.size[0])
-        # Rounding may put an edge just outside the image.
-        box = tuple(min(max(edge / factor, 0), image.size[i % 2]) for i, edge in enumerate(box))
-        return np.asarray(image.resize((size, size), Image.BILINEAR, box=box))
+    image = Image.open(io.BytesIO(data))  # refuses over 2 * MAX_PIXELS: JPEG may have so many
+    width, height = image.size
+    copies = 2 if image.format == "WEBP" or image.mode in ("LA", "PA") else 1
+    if image.format not in ("JPEG", "MPO") and width * height * copies > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, at most {MAX_PIXELS // copies} are decoded")
+    (left, top, w, h), resized, corner = get_crop(width, height)
+    scale_x, scale_y = w / resized[0], h / resized[1]
+    left, top = left + corner[0] * scale_x, top + corner[1] * scale_y
+    box = (left, top, left + size * scale_x, top + size * scale_y)  # in pixels of the file
+    # JPEG decodes faster at 1/2, 1/4 or 1/8 of the resolution; twice the crop's is enough.
+    image.draft("RGB", tuple(int(2 * side / max(2, min(scale_x, scale_y))) for side in image.size))
+    image = to_rgb(image)
+    factor = round(width / image.width)
+    # Rounding may put an edge just outside the image.
+    box = tuple(min(max(edge / factor, 0), image.size[i % 2]) for i, edge in enumerate(box))
+    return np.asarray(image.resize((size, size), Image.BILINEAR, box=box))
 
 def read_image(path, get_crop, size):
     """Returns the ``Crop`` get_crop(width, height) of an image file: uint8 [size, size, 3],
-    antialiased bilinear; EXIF rotation is ignored, as in torchvision. Raises OSError where
-    the file can't be decoded."""
+    antialiased bilinear, without EXIF rotation. Raises OSError where it can't be decoded."""
     if not os.path.isfile(path):  # opening a pipe would wait for its writer
         raise OSError("not a regular file")
     with open(path, "rb") as file:
         data = file.read()
     decode = jpeg_decoder()
-    if (decode and data[:3] == b"\xff\xd8\xff" and len(data) < LARGE_JPEG
-            and 0 < jpeg_pixels(data) < 2 ** 24):
+    if decode and len(data) < LARGE_JPEG and 0 < jpeg_pixels(data) < 2 ** 24:
         with contextlib.suppress(RuntimeError):  # CMYK, or damaged: Pillow decides
             return crop_with_torch(decode(data), get_crop, size)
     try:
@@ -714,24 +701,23 @@ class ImageFolder:
     def __init__(self, root):
         self.root = os.path.abspath(root)
         if not os.path.isdir(root):
-            raise UserError(f"no folder {root!r}: the data folder must hold train/ and val/, each "
-                            "with one folder per class")
+            raise UserError(f"no folder {root!r}: expected train/ and val/ with a folder per class")
+        found = []
         try:
             names = [entry.name for entry in os.scandir(root) if entry.is_dir()]
             self.classes = sorted(name for name in names if not name.startswith("."))
-            above = (os.path.realpath(self.root),)
-            found = [list_images(os.path.join(self.root, name), above) for name in self.classes]
+            for name in self.classes:
+                folder = os.path.join(self.root, name)
+                paths = list_images(folder, (os.path.realpath(self.root),))
+                if not paths:
+                    raise UserError(f"class folder {folder!r} holds no image "
+                                    f"({' '.join(EXTENSIONS)}): add some or remove it")
+                found.append(sorted(os.fsencode(path[len(self.root) + 1:]) for path in paths))
         except OSError as error:
             raise UserError(f"can't read {error.filename!r}: {error.strerror}")
-        if not self.classes:
+        if not found:
             raise UserError(f"{root!r} holds no folders: expected one folder of images per class")
-        for name, paths in zip(self.classes, found):
-            if not paths:
-                raise UserError(f"class folder {os.path.join(self.root, name)!r} holds no image "
-                                f"({' '.join(EXTENSIONS)}): add some or remove it")
-        start = len(self.root) + 1
-        self.paths = np.array([path for paths in found
-                               for path in sorted(os.fsencode(path[start:]) for path in paths)])
+        self.paths = np.concatenate(found)
         self.labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found])
 
     def __len__(self):
@@ -766,8 +752,7 @@ def open_images(flags):
                         f"which must be the same: {odd!r} is only in one of them")
     return train, val
 
-# What to take of an image: cut the box (left, top, width, height), resize it to a width and height,
-# and cut a square at a corner (left, top); in pixels.
+# A box (left, top, width, height) of an image, its new size, and the corner of the square to cut.
 Crop = namedtuple("Crop", "box resized corner")
 
 def random_resized_crop(width, height, size, scale, rng):
@@ -789,51 +774,44 @@ def resize_center_crop(width, height, resize, size):
     return Crop((0, 0, width, height), resized, corner)
 
 class ImageBatches(torch.utils.data.Dataset):
-    """Whole batches: ``self[slot, epoch, indices]`` is images, uint8 [n, size, size, 3], labels,
-    int64 [n], both numpy arrays, and a list with (index, reason) of the unreadable ones. With
-    ``slots`` the images are written into that part of ``ring``, which the loader processes share,
-    and the slot is given in place of the images.
+    """Whole batches: ``self[number, epoch, indices]`` puts images into a slot of ``ring``, uint8
+    [slots, batch size, size, size, 3], which the loader processes share. Returns the slot, labels,
+    int64 [n], and (index, reason) of each unreadable image: in training another one of its class
+    replaces it, in evaluation (no seed) a black one with label -1, which no prediction matches.
+    What is done to an image depends on (seed, epoch, index) alone, not on the number of loaders."""
 
-    What is done to an image depends on (seed, epoch, index) alone, so that any number of loaders
-    gives the same batches. In training another image of its class replaces an unreadable one; in
-    evaluation (no seed) an empty one does, with label -1, which no prediction matches."""
-
-    def __init__(self, images, flags, seed=None, batch_size=0, slots=0):
-        self.images, self.flags, self.seed = images, flags, seed
-        self.train = seed is not None
-        self.size = flags.train_crop_size if self.train else flags.val_crop_size
+    def __init__(self, images, flags, seed, batch_size, slots):
+        self.images, self.seed = images, seed
+        self.resize, self.scale = flags.val_resize_size, flags.train_crop_scale
+        self.size = flags.val_crop_size if seed is None else flags.train_crop_size
         shape = (slots, batch_size, self.size, self.size, 3)
-        self.ring = None
-        if slots:
-            memory = mmap.mmap(-1, int(np.prod(shape)))  # shared, and without a name
-            self.ring = np.frombuffer(memory, np.uint8).reshape(shape)
+        memory = mmap.mmap(-1, int(np.prod(shape)))  # shared, and without a name
+        self.ring = np.frombuffer(memory, np.uint8).reshape(shape)
 
     def __getitem__(self, key):
-        slot, epoch, indices = key
-        shape = (len(indices), self.size, self.size, 3)
-        images = np.empty(shape, np.uint8) if self.ring is None else self.ring[slot]
+        number, epoch, indices = key
+        slot = number % len(self.ring)
         labels, unreadable = self.images.labels[indices], []
         for position, index in enumerate(indices):
             try:
-                images[position] = self.load(epoch, index)
+                image = self.load(epoch, index)
             except OSError as error:
                 unreadable.append((int(index), first_line(error)))
-                if self.train:
-                    images[position] = self.load_substitute(epoch, index)
-                else:
-                    images[position] = 0
+                if self.seed is None:
+                    image = 0
                     labels[position] = -1
-        return images if self.ring is None else slot, labels, unreadable
+                else:
+                    image = self.load_substitute(epoch, index)
+            self.ring[slot, position] = image
+        return slot, labels, unreadable
 
     def load(self, epoch, index):
         """Returns an augmented image, in evaluation the center crop: uint8 [size, size, 3]."""
-        if not self.train:
-            get_crop = functools.partial(
-                resize_center_crop, resize=self.flags.val_resize_size, size=self.size)
+        if self.seed is None:
+            get_crop = functools.partial(resize_center_crop, resize=self.resize, size=self.size)
             return self.images.read(index, get_crop, self.size)
         rng = random.Random(((self.seed << 20) + epoch << 40) + int(index))
-        get_crop = functools.partial(
-            random_resized_crop, size=self.size, scale=self.flags.train_crop_scale, rng=rng)
+        get_crop = functools.partial(random_resized_crop, size=self.size, scale=self.scale, rng=rng)
         image = self.images.read(index, get_crop, self.size)
         return image[:, ::-1] if rng.random() < 0.5 else image
 
@@ -847,13 +825,11 @@ class ImageBatches(torch.utils.data.Dataset):
         raise UserError(f"no image of class {name!r} can be read: {self.images.path(index)}")
 
 class BatchSampler(torch.utils.data.Sampler):
-    """The keys of ``ImageBatches`` for one rank. Training: full batches in an order that depends
-    on (seed, epoch) alone, from ``first_image`` on. Evaluation (no seed): every image once, divided
-    among the ranks without padding."""
+    """The keys of ``ImageBatches`` for one rank. Training: full batches in the order of (seed,
+    epoch), from ``first_image`` on. Evaluation (no seed): every image once, without padding."""
 
-    def __init__(self, count, batch_size, runtime, seed=None, slots=1):
+    def __init__(self, count, batch_size, runtime, seed=None):
         self.count, self.batch_size, self.runtime, self.seed = count, batch_size, runtime, seed
-        self.slots = slots
         self.total = batch_size * runtime.world_size  # images of a step, all ranks
         self.epoch, self.first_image = 0, 0
 
@@ -871,22 +847,10 @@ class BatchSampler(torch.utils.data.Sampler):
             steps = order[self.first_image:][:len(self) * self.total]
             indices = steps.reshape(len(self), world_size, self.batch_size)[:, rank].ravel()
         for number, first in enumerate(range(0, len(indices), self.batch_size)):
-            yield number % self.slots, self.epoch, indices[first:first + self.batch_size]
-
-class ImageLoader(torch.utils.data.DataLoader):
-    """Yields the batches of an ``ImageBatches`` as tensors. On the ring they stay as they are until
-    the one after the next is asked for."""
-
-    def __iter__(self):
-        ring = self.dataset.ring
-        for images, labels, unreadable in super().__iter__():
-            if ring is not None:
-                images = ring[images][:len(labels)]
-            yield torch.from_numpy(images), torch.from_numpy(labels), unreadable
+            yield number, self.epoch, indices[first:first + self.batch_size]
 
 def init_loader(parent, index):
-    """Gives a loader process one core; its parent, which trains, handles the signals."""
-    torch.set_num_threads(1)
+    """Ends a loader process with its parent, which trains and handles the signals."""
     signal.set_wakeup_fd(-1)
     die_with_parent(parent, signal.SIGKILL)
     for signum in SIGNALS:
@@ -901,79 +865,61 @@ def end_loaders():
 def make_loader(images, flags, runtime, batch_size, workers, seed=None):
     """Returns the loader of images: for training where a seed is given, else for evaluation."""
     # Two batches are asked of each worker in advance; one is in use, and one waits after it.
-    slots = 2 * workers + 2 if workers else 0
-    batches = ImageBatches(images, flags, seed, batch_size, slots)
-    sampler = BatchSampler(len(images), batch_size, runtime, seed, max(1, slots))
-    persistent = workers > 0 and TORCH >= (1, 7)
-    options = {"persistent_workers": True} if persistent else {}
+    batches = ImageBatches(images, flags, seed, batch_size, slots=2 * workers + 2)
+    sampler = BatchSampler(len(images), batch_size, runtime, seed)
+    persistent = {"persistent_workers": True} if workers and TORCH >= (1, 7) else {}
+    warnings.filterwarnings("ignore", module="PIL|torchvision")  # size, metadata, deprecation
     jpeg_decoder()  # imported before the loaders start, not in each of them
     parent = os.getpid()
     # A queue to a process that has ended would print a traceback: a loader then ends, too.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(
         lambda *error: os.getpid() == parent or os._exit(1))
-    loader = ImageLoader(
+    loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=tuple,
         worker_init_fn=functools.partial(init_loader, parent),
-        timeout=flags.dist_timeout if workers else 0, **options)
+        timeout=flags.dist_timeout if workers else 0, **persistent)
     if persistent:
-        # Starts the processes with nothing to fetch: after the first steps they would be forked
-        # with a copy of all their memory.
+        # Starts the processes with nothing to fetch: later they would copy the memory of a step.
         sampler.first_image = sampler.count
-        next(iter(loader), None)
+        iter(loader)
         sampler.first_image = 0
     atexit.register(end_loaders)
     return loader
 
 def prefetch(loader, runtime, dtype):
-    """Yields a loader's batches on the device: normalized images, ``dtype`` [n, 3, S, S], targets
-    [n] and the list of unreadable images. Images are copied as uint8, from pinned memory, on a
-    stream of their own, one batch ahead."""
+    """Yields batches on the device: normalized images, ``dtype`` [n, 3, S, S], targets [n], and
+    unreadable ones. Uint8 is copied, from pinned memory, on a stream of its own, a batch ahead."""
     device, module, stream = runtime.device, runtime.module, runtime.copy_stream
     mean = torch.tensor([255 * m for m in MEAN], device=device).view(1, 3, 1, 1)
     scale = torch.tensor([1 / (255 * s) for s in STD], device=device).view(1, 3, 1, 1)
-    npu = runtime.backend.name == "npu"
-    # Ascend's cross entropy took 32 bits before torch 1.10.
-    target_dtype = torch.int32 if npu and TORCH < (1, 10) else torch.int64
+    npu, channels_last = runtime.backend.name == "npu", runtime.backend.channels_last
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    target_dtype = torch.int32 if npu and TORCH < (1, 10) else torch.int64  # of cross entropy
     pinned = module is not None and (not npu or TORCH >= (1, 12))  # before, for CUDA alone
     pin_options = {"device": "npu"} if npu and TORCH < (2, 6) else {}
-
-    def copy(images, targets, unreadable):
+    ready = None
+    for slot, labels, unreadable in loader:
+        images = torch.from_numpy(loader.dataset.ring[slot, :len(labels)])
+        targets = torch.from_numpy(labels)
         if pinned:
             images, targets = images.pin_memory(**pin_options), targets.pin_memory(**pin_options)
         with module.stream(stream) if module else contextlib.nullcontext():
             # torch_npu copies unpinned memory later, too, when it may be gone.
             images = images.to(device, non_blocking=pinned)
             targets = targets.to(device, non_blocking=pinned).to(target_dtype)
-            return images, targets, unreadable, stream.record_event() if stream else None
-
-    def normalize(images, targets, unreadable, copied):
+        if ready:
+            yield ready
         if module:
-            module.current_stream().wait_event(copied)
+            module.current_stream().wait_stream(stream)
             images.record_stream(module.current_stream())
             targets.record_stream(module.current_stream())
-        images = images.permute(0, 3, 1, 2)
-        if not runtime.backend.channels_last:
-            images = images.contiguous()
-        return images.float().sub_(mean).mul_(scale).to(dtype), targets, unreadable
-
-    queue = []
-    for batch in loader:
-        queue.append(copy(*batch))
-        if len(queue) > 1:
-            yield normalize(*queue.pop(0))
-    for batch in queue:
-        yield normalize(*batch)
+        images = images.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+        ready = images.float().sub_(mean).mul_(scale).to(dtype), targets, unreadable
+    if ready:
+        yield ready
 
 
 # --- 5. Mixed precision ---------------------------------------------------------------------------
-
-def copy_parameters(parameters, values):
-    with torch.no_grad():
-        for parameter, value in zip(parameters, values):
-            parameter.copy_(value)
-
-def trained_parameters(model):
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 def optimizer_parameters(optimizer):
     """Returns what the optimizer updates: the model's parameters in order, or their masters."""
@@ -984,7 +930,6 @@ def find_apex(flags, backend):
     native; and the reason against an apex that is installed."""
     if flags.amp_backend == "native" or (backend.name == "cpu" and flags.amp_backend == "auto"):
         return None, ""
-    reason, missing = "", "no apex.amp is installed (NVIDIA removed it from apex in 2025)"
     try:
         from apex import amp
         ascend = "combine_grad" in inspect.signature(amp.initialize).parameters
@@ -992,18 +937,17 @@ def find_apex(flags, backend):
             return amp, ""
         reason = f"the installed apex is {'Ascend' if ascend else 'NVIDIA'}'s and needs its card"
     except Exception as error:  # one that was built for another torch fails in any way
-        if not re.search("(named|import of) '?apex'?( |$)|name 'amp'", str(error)):
-            reason = f"apex does not import ({first_line(error)})"
+        missing = re.search("(named|import of) '?apex'?( |$)|name 'amp'", str(error))
+        reason = "" if missing else f"apex does not import ({first_line(error)})"
     if flags.amp_backend == "apex":
-        raise UserError(f"--amp-backend apex: {reason or missing}. --amp-backend native computes "
-                        "the same")
+        reason = reason or "no apex.amp is installed (NVIDIA removed it from apex in 2025)"
+        raise UserError(f"--amp-backend apex: {reason}. --amp-backend native computes the same")
     return None, reason
 
 def find_native_amp(backend, dtype):
     """Returns what makes an autocast context for the device, or None, and a gradient scaler."""
-    amp = getattr(torch.npu, "amp", None) if backend.name == "npu" else None
-    if hasattr(amp, "autocast"):  # its scaler reads the overflow flag of older cards
-        return amp.autocast, amp.GradScaler
+    if backend.name == "npu" and hasattr(getattr(torch.npu, "amp", None), "autocast"):
+        return torch.npu.amp.autocast, torch.npu.amp.GradScaler  # reads older cards' overflow flag
     autocast, scaler = None, torch.cuda.amp.GradScaler
     if TORCH >= (1, 10):
         autocast = functools.partial(torch.autocast, backend.module or "cpu", dtype=dtype)
@@ -1014,29 +958,28 @@ def find_native_amp(backend, dtype):
     return autocast, scaler
 
 class Precision:
-    """O0, O1 or O2 for one model and one optimizer, through apex or native. O1 runs convolutions
-    and the classifier in low precision. O2 keeps the whole model in it except BatchNorm, and the
-    optimizer updates fp32 master weights. float16 trains with a loss scale, bfloat16 needs none.
+    """O0, O1 or O2, through apex or native. O1 runs convolutions and the classifier in low
+    precision. O2 keeps the whole model in it except BatchNorm, and the optimizer updates fp32
+    master weights. float16 has a loss scale. Raises UserError where this torch lacks the level.
 
     Use: ``parameters = precision.prepare(model)``, an optimizer for them, ``model, optimizer =
-    precision.initialize(model, optimizer)``, and only then DistributedDataParallel. Raises
-    UserError where this torch lacks what the level needs."""
+    precision.initialize(model, optimizer)``, and only then DistributedDataParallel."""
 
     def __init__(self, flags, runtime):
         backend = runtime.backend
         self.level = flags.opt_level or backend.opt_level
-        self.loss_scale = flags.loss_scale
+        self.fixed_scale = None if flags.loss_scale == "dynamic" else flags.loss_scale
         self.verbosity = 0 if runtime.rank else 1
         low = self.level != "O0"
         asked_for = low or flags.amp_backend == "apex"
         apex, self.note = find_apex(flags, backend) if asked_for else (None, "")
         self.apex = apex if low else None
-        self.is_npu = backend.name == "npu"
+        self.ascend_options = {"combine_grad": True} if backend.name == "npu" else {}  # of apex
         self.conv_dtype = backend.amp_dtype if low else torch.float32
         native_o2 = self.level == "O2" and not self.apex
         self.input_dtype = self.conv_dtype if native_o2 else torch.float32
         self.uses_loss_scale = self.conv_dtype == torch.float16
-        self.autocast, self.scaler, self.masters = contextlib.nullcontext, None, None
+        self.autocast, self.scaler, self.masters = contextlib.nullcontext, None, []
         if self.apex:
             return
         autocast, scaler = find_native_amp(backend, self.conv_dtype)
@@ -1046,82 +989,72 @@ class Precision:
                             f"torch {torch.__version__} lacks there: use --opt-level O0{hint}")
         if self.level == "O1":
             self.autocast = autocast
-        init_scale = 2.0 ** 16 if self.loss_scale == "dynamic" else self.loss_scale
-        self.scaler = scaler(init_scale=init_scale, enabled=self.uses_loss_scale)
+        self.scaler = scaler(init_scale=self.fixed_scale or 2.0 ** 16, enabled=self.uses_loss_scale)
 
     def __str__(self):
-        if self.level == "O0":
-            return "O0 (fp32)"
-        kind = "apex" if self.apex else str(self.conv_dtype)[6:]
+        kind = "apex" if self.apex else str(self.conv_dtype)[6:].replace("float32", "fp32")
         return f"{self.level} ({kind}{'; ' if self.note else ''}{self.note})"
 
     def prepare(self, model):
         """Returns the parameters to optimize; native O2 converts the model to low precision."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
         if self.input_dtype == torch.float32:
-            return trained_parameters(model)
-        self.masters = [p.detach().clone().requires_grad_() for p in trained_parameters(model)]
+            return parameters
+        self.masters = [(p, p.detach().clone().requires_grad_()) for p in parameters]
         for module in model.modules():
-            if not isinstance(module, torch.nn.BatchNorm2d):
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(self.conv_dtype)
-        return self.masters
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):  # all but BatchNorm
+                module.to(self.conv_dtype)
+        return [master for _, master in self.masters]
 
     def initialize(self, model, optimizer=None):
-        """Returns the model and the optimizer as apex wants them, before training; for an
-        evaluation the model alone is enough."""
+        """Returns the model, and to train the optimizer, as apex wants them."""
         if not self.apex:
             return model, optimizer
-        options = {"opt_level": self.level, "verbosity": self.verbosity}
+        options = {"opt_level": self.level, "verbosity": self.verbosity, "loss_scale": "dynamic"}
         if optimizer is None:
             return self.apex.initialize(model, **options), None
-        if self.is_npu:
-            options["combine_grad"] = True
-        fixed = self.loss_scale != "dynamic"
-        if fixed:  # apex notices no overflow of a fixed scale, but of one that can't move
-            options.update(min_loss_scale=self.loss_scale, max_loss_scale=self.loss_scale)
-        options["loss_scale"] = "dynamic"
-        weights = [p.detach().clone() for p in trained_parameters(model)]
-        model, optimizer = self.apex.initialize(model, optimizer, **options)
-        if fixed:
-            scaler = {"loss_scale": self.loss_scale, "unskipped": 0}
+        if self.fixed_scale:  # apex notices no overflow of a fixed one, but of one that can't move
+            options.update(min_loss_scale=self.fixed_scale, max_loss_scale=self.fixed_scale)
+        weights = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        model, optimizer = self.apex.initialize(model, optimizer, **options, **self.ascend_options)
+        if self.fixed_scale:
+            scaler = {"loss_scale": self.fixed_scale, "unskipped": 0}
             self.apex.load_state_dict({"loss_scaler0": scaler})
         # apex makes its fp32 weights at the first zero_grad, of rounded ones. Here they are made
         # before a checkpoint's momentum is loaded, and get the exact weights.
         optimizer.zero_grad()
-        copy_parameters(optimizer_parameters(optimizer), weights)
+        for parameter, weight in zip(optimizer_parameters(optimizer), weights):
+            parameter.data.copy_(weight)
         return model, optimizer
 
-    def backward_and_step(self, loss, model, optimizer):
+    def backward_and_step(self, loss, optimizer):
         """Computes the gradients, takes a step unless they overflowed, and clears them."""
         if self.apex:
             with self.apex.scale_loss(loss, optimizer) as scaled_loss:
                 scaled_loss.backward()
             optimizer.step()
-            optimizer.zero_grad()
-            return
-        self.scaler.scale(loss).backward()
-        for master, parameter in zip(self.masters or (), trained_parameters(model)):
-            if master.grad is None:  # kept: Ascend's fused SGD goes on reading the first memory
-                master.grad = torch.empty_like(master)
-            master.grad.copy_(parameter.grad)
-        self.scaler.step(optimizer)
-        self.scaler.update(None if self.loss_scale == "dynamic" else self.loss_scale)
+        else:
+            self.scaler.scale(loss).backward()
+            for parameter, master in self.masters:
+                if master.grad is None:  # kept: Ascend's fused SGD goes on reading the first memory
+                    master.grad = torch.empty_like(master)
+                master.grad.copy_(parameter.grad)
+            self.scaler.step(optimizer)
+            self.scaler.update(self.fixed_scale)
         optimizer.zero_grad()
-        if self.masters:
-            copy_parameters(trained_parameters(model), self.masters)
-            model.zero_grad()
+        for parameter, master in self.masters:
+            parameter.data.copy_(master.data)
+            parameter.grad = None
 
     def state_dict(self):
         return (self.apex or self.scaler).state_dict()
 
     def load_state_dict(self, state):
-        """Loads the loss scale, unless --loss-scale is a number. Returns False, and loads nothing,
-        where it is of the other implementation."""
-        if state and ("loss_scaler0" if self.apex else "scale") not in state:
-            return False
-        if state and self.loss_scale == "dynamic":
+        """Loads a loss scale that is not fixed; returns False for one of another --amp-backend."""
+        fits = not state or ("loss_scaler0" if self.apex else "scale") in state
+        if state and fits and not self.fixed_scale:
             (self.apex or self.scaler).load_state_dict(state)
-        return True
+        return fits
 
 
 # --- 6. Model, optimizer, schedule, loss ----------------------------------------------------------
@@ -1133,9 +1066,8 @@ def build_model(flags, runtime, num_classes, dtype=torch.float32):
     model.layers.requires_grad_(flags.freeze != "features")
     if runtime.backend.name == "cpu":
         mnasnet.optimize_for_cpu(model, dtype)
-    model = model.to(runtime.device)
-    channels_last = runtime.backend.channels_last
-    return model.to(memory_format=torch.channels_last) if channels_last else model
+    options = {"memory_format": torch.channels_last} if runtime.backend.channels_last else {}
+    return model.to(runtime.device, **options)
 
 def build_optimizer(flags, runtime, precision, parameters):
     """Returns SGD with Nesterov momentum, in its fused version where there is one."""
@@ -1171,12 +1103,11 @@ def wrap_for_training(model, flags, runtime, precision):
         raise UserError(f"--compile needs torch 2.0 or later, this is torch {torch.__version__}")
     if runtime.world_size > 1:
         # average_running_stats replaces the broadcast of the statistics in every step.
-        options = {"broadcast_buffers": False}
-        if runtime.module:
-            options["device_ids"] = [runtime.device.index]
-        if TORCH >= (1, 7):  # apex detaches gradients, Ascend's fused SGD moves them
-            views = not precision.apex and runtime.backend.name != "npu"
-            options["gradient_as_bucket_view"] = views
+        options = {"broadcast_buffers": False,
+                   "device_ids": [runtime.device.index] if runtime.module else None}
+        # apex detaches gradients, Ascend's fused SGD moves them.
+        if TORCH >= (1, 7) and not precision.apex and runtime.backend.name != "npu":
+            options["gradient_as_bucket_view"] = True
         if TORCH >= (1, 11):
             options["static_graph"] = True
         with warnings.catch_warnings():
@@ -1187,8 +1118,7 @@ def wrap_for_training(model, flags, runtime, precision):
     return torch.compile(model) if flags.compile else model
 
 def learning_rate(flags, epoch):
-    """Returns the learning rate after ``epoch`` epochs, a fraction included: linear from a tenth
-    of --lr over the warm-up, then half a cosine to 0."""
+    """Returns the rate after ``epoch`` epochs: linear from a tenth of --lr, then half a cosine."""
     if epoch < flags.warmup:
         return flags.lr * (0.1 + 0.9 * epoch / flags.warmup)
     progress = (epoch - flags.warmup) / max(1, flags.epochs - flags.warmup)
@@ -1215,8 +1145,8 @@ def set_running_stats(model, stats):
 def average_running_stats(model, group):
     """Gives all ranks the mean of their BatchNorm statistics, so that they are the same model.
     Returns what each rank had: float64 [world size, number of statistics]."""
-    own = torch.cat([b for b in model.buffers() if b.is_floating_point()]).cpu().double()
-    stats = group.gather(own)
+    own = torch.cat([b for b in model.buffers() if b.is_floating_point()])
+    stats = group.gather(own.cpu().double())
     set_running_stats(model, stats.mean(0))
     return stats
 
@@ -1722,7 +1652,7 @@ def train_step(run, images, targets):
     with run.precision.autocast():
         logits = run.train_model(images)
         loss = smoothed_cross_entropy(logits, targets, run.flags.label_smoothing)
-    run.precision.backward_and_step(loss, run.model, run.optimizer)
+    run.precision.backward_and_step(loss, run.optimizer)
     return loss.detach(), logits.detach()
 
 def train_epoch(run):
