@@ -1709,7 +1709,7 @@ def evaluate(run, model):
         model = mnasnet.fold_batchnorm(model)
     no_grad = torch.no_grad if TORCH < (1, 9) else torch.inference_mode
     totals = torch.zeros(3, device=run.runtime.device)  # loss, top 1, top 5
-    seen = readable = bad = 0
+    seen = own_bad = bad = 0  # images of this rank, and unreadable ones of it and of all ranks
     begin = time.monotonic()
     batches = prefetch(run.val_loader, run.runtime, run.precision.input_dtype)
     for step in range(len(sampler)):
@@ -1721,8 +1721,8 @@ def evaluate(run, model):
                 logits = model(images).float()
                 loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
                 totals += torch.stack((loss, *topk_correct(logits, targets)))
-            seen += len(targets)
-            readable += len(targets) - len(unreadable)
+        seen += len(targets)
+        own_bad += len(unreadable)
         signum, total = run.group.sync_step(len(unreadable))
         bad += total
         name_bad_images(flags, run.val_loader.dataset.images, unreadable, bad)
@@ -1732,9 +1732,9 @@ def evaluate(run, model):
             loss, top1, top5 = totals.tolist()
             run.log(f"Test: [{step:{len(str(len(sampler)))}d}/{len(sampler)}]\t"
                     f"Time {(time.monotonic() - begin) / (step + 1):6.3f}\t"
-                    f"Loss {loss / max(1, readable):.4e}\t"
+                    f"Loss {loss / max(1, seen - own_bad):.4e}\t"
                     f"Acc@1 {100 * top1 / seen:6.2f}\tAcc@5 {100 * top5 / seen:6.2f}")
-    loss, top1, top5, seen, readable = run.group.sum(totals.tolist() + [seen, readable])
+    loss, top1, top5, seen = run.group.sum(totals.tolist() + [seen])
     if seen != sampler.count:
         raise UserError(f"evaluated {seen:.0f} images of {sampler.count}: please report this bug")
     acc1, acc5 = 100 * top1 / seen, 100 * top5 / seen
@@ -1742,7 +1742,7 @@ def evaluate(run, model):
             f"({top1:.0f} and {top5:.0f} of {seen:.0f} images)")
     if not math.isfinite(loss) and flags.evaluate:
         raise UserError(f"the loss is {loss}: the accuracy of such a model means nothing")
-    return loss / max(1, readable), acc1, acc5, seen / (time.monotonic() - begin)
+    return loss / max(1, seen - bad), acc1, acc5, seen / (time.monotonic() - begin)
 
 def print_result(run, acc1, acc5, fps, loss):
     """Prints the line that the launch scripts read."""
