@@ -1228,7 +1228,6 @@ UNRELATED = set("""data workers max_bad pretrained weights start_epoch device_li
     argv""".split())
 COLUMNS = ("epoch", "lr", "train_loss", "train_acc1", "val_loss", "acc1", "acc5", "fps", "seconds",
            "data_wait")  # of metrics.csv
-WARM_UP_STEPS = 5  # left out of the throughput: compilation and caches are not steady yet
 MAX_OVERFLOWS = 20  # losses in a row; 16 halvings of the initial loss scale, 65536, leave 1
 
 def checkpoint_path(flags, age=0):
@@ -1239,8 +1238,8 @@ def optimizer_state(optimizer):
     """Returns ``state_dict()`` on the host, parameters numbered in order (torch 1.5: addresses)."""
     states = {}
     for number, parameter in enumerate(optimizer_parameters(optimizer)):
-        states[number] = {name: value.cpu() if torch.is_tensor(value) else value
-                          for name, value in optimizer.state[parameter].items()}
+        state = optimizer.state[parameter].items()
+        states[number] = {key: value.cpu() for key, value in state if value is not None}
     group = {"lr": optimizer.param_groups[0]["lr"], "params": list(states)}
     return {"state": states, "param_groups": [group]}
 
@@ -1324,9 +1323,7 @@ class SafePickle:
                 return super().find_class(module, name)
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
-    @classmethod
-    def load(cls, file, **options):
-        return cls.Unpickler(file, **options).load()
+    load = staticmethod(lambda file, **options: SafePickle.Unpickler(file, **options).load())
 
 def read_checkpoint(path):
     """Returns a checkpoint file as a dictionary, and never runs code from it. Raises UserError
@@ -1363,7 +1360,7 @@ def adopt_flags(flags, checkpoint):
     words = {name: f"--{name.replace('_', '-')}={saved[name]}" for name in names if name in saved}
     adopted = parse_args([*words.values(), *flags.argv])  # of a flag that comes twice, the last
     return adopted, [word for name, word in words.items()
-                     if getattr(adopted, name) == saved[name] != getattr(flags, name)]
+                     if getattr(adopted, name) != getattr(flags, name)]
 
 def find_checkpoint(flags):
     """Returns the checkpoint that --resume asks for, and its path; ({}, None) for none."""
@@ -1443,8 +1440,8 @@ def load_pretrained(model, flags, classes):
     return f"=> weights of {source}{note}"
 
 def load_optimizer_state(optimizer, saved):
-    """Copies each parameter's state, under whatever name, and the learning rate, but no options
-    (fused depends on the device). Raises ValueError where a name or a shape differs."""
+    """Copies each parameter's state, in order, and the learning rate, but no options (fused depends
+    on the device). Raises ValueError where the number, a name or a shape differs."""
     names = [name for group in saved["param_groups"] for name in group["params"]]
     parameters = optimizer_parameters(optimizer)
     if len(names) != len(parameters):
@@ -1454,14 +1451,13 @@ def load_optimizer_state(optimizer, saved):
     for name, parameter in zip(names, parameters):
         state = optimizer.state[parameter]
         for key, value in saved["state"].get(name, {}).items():
-            if state and key not in state:
-                raise ValueError(f"it has {key}, expected {', '.join(state)}")
-            if torch.is_tensor(value):
-                if value.shape != parameter.shape:
-                    raise ValueError(f"{key} of {value.shape}, expected {parameter.shape}")
-                # In the parameter's order in memory, which a fused optimizer needs.
-                value = torch.empty_like(parameter).copy_(value)
-            state[key] = value
+            if value is None:  # without momentum
+                continue
+            if value.shape != parameter.shape or (state and key not in state):
+                raise ValueError(f"it has {key} of {value.shape}, expected "
+                                 f"{', '.join(state) or key} of {parameter.shape}")
+            # In the parameter's order in memory, which a fused optimizer needs.
+            state[key] = torch.empty_like(parameter).copy_(value)
 
 def write_metrics(run):
     """Writes metrics.csv, a row for each epoch, and to TensorBoard the last evaluation."""
@@ -1470,8 +1466,8 @@ def write_metrics(run):
     write_file(content, os.path.join(run.flags.output_dir, "metrics.csv"))
     if run.tensorboard:
         row = run.history[-1]
-        for tag, name in (("loss", "val_loss"), ("acc1", "acc1"), ("acc5", "acc5")):
-            run.tensorboard.add_scalar(f"val/{tag}", row[name], row["epoch"])
+        for name in ("val_loss", "acc1", "acc5"):
+            run.tensorboard.add_scalar(f"val/{name.replace('val_', '')}", row[name], row["epoch"])
         run.tensorboard.flush()
 
 def restore_ranks(run, checkpoint):
@@ -1498,16 +1494,15 @@ def restore(run, checkpoint, path):
         run.epoch = int(checkpoint.get("epoch", run.epoch))
         run.images = int(checkpoint.get("images", 0))
         run.best_acc1 = float(checkpoint.get("best_acc1", 0))
-        run.history = [{name: row[name] + 0 for name in COLUMNS}
-                       for row in checkpoint.get("history", ())]
+        run.history = list(checkpoint.get("history", ()))
         if run.images > run.train_loader.sampler.count:
             raise UserError(f"{path} is {run.images} images into an epoch, and the data has fewer: "
                             "give the data it was trained on")
         run.log(f"=> resumed from {path}: epoch {run.epoch}, {run.images} images into it")
         if "running_stats" in checkpoint:  # not one of the reference
             restore_ranks(run, checkpoint)
-    if run.runtime.rank == 0 and run.history:
-        write_metrics(run)
+        if run.runtime.rank == 0 and run.history:
+            write_metrics(run)
 
 @contextlib.contextmanager
 def lock_folder(path):
@@ -1574,14 +1569,15 @@ class EpochMeter:
 
     def __init__(self, run, steps):
         self.run, self.steps, self.sampler = run, steps, run.train_loader.sampler
-        self.warm_up_steps = 0 if run.steady_images else min(WARM_UP_STEPS, len(self.sampler) // 2)
-        self.steps_done, self.data_time = 0, 0.0  # seconds of waiting for images
-        self.start = self.steady_start = self.printed = self.read()
+        # Left out of the throughput: compilation and caches are not steady yet.
+        self.warm_up_steps = 0 if run.steady_images else min(5, len(self.sampler) // 2)
+        self.begin, self.steps_done, self.data_time = time.monotonic(), 0, 0.0
+        self.printed = self.warm_up = np.zeros(3)  # what read() returned then
         self.first_weights = optimizer_parameters(run.optimizer)[-1].detach().clone()
 
     def read(self):
-        """Returns the steps, a clock's seconds and the seconds of waiting for images, up to now."""
-        return np.array([self.steps_done, time.monotonic(), self.data_time])
+        """Returns the steps, the seconds and the seconds of waiting for images up to now."""
+        return np.array([self.steps_done, time.monotonic() - self.begin, self.data_time])
 
     def update(self, loss, logits, targets):
         """Adds a step to the run's totals, on the device: loss, over images; images of finite loss;
@@ -1596,24 +1592,24 @@ class EpochMeter:
         self.steps_done += 1
         if self.steps_done == self.warm_up_steps:
             self.run.runtime.synchronize()
-            self.steady_start = self.read()
+            self.warm_up = self.read()
 
     def check_loss(self, step):
         """Raises UserError where losses are not finite; a loss scale allows some of them."""
-        run, overflows = self.run, self.run.totals[5].item()
-        if overflows >= (MAX_OVERFLOWS if run.precision.uses_loss_scale else 1):
+        run, count = self.run, self.run.totals[5].item()
+        if count >= (MAX_OVERFLOWS if run.precision.uses_loss_scale else 1):
             lr = run.optimizer.param_groups[0]["lr"]
-            raise UserError(f"the loss is {self.figures[0]} at epoch {run.epoch} step {step} (lr "
-                            f"{lr:.6g}), not finite for {overflows:.0f} steps. Try a lower --lr or "
-                            "a longer --warmup")
+            raise UserError(
+                f"the loss is {self.figures[0]} at epoch {run.epoch} step {step} (lr {lr:.6g}), "
+                f"not finite for {count:.0f} steps. Try a lower --lr or a longer --warmup")
 
     def print_step(self, step):
         """Prints this rank's last step, and the times of all since the last line."""
         run, now, total = self.run, self.read(), self.sampler.total
         steps, seconds, waiting = now - self.printed
-        steady_steps, steady_seconds, _ = now - self.steady_start
         self.printed = now
-        step_time = steady_seconds / steady_steps if steady_steps else seconds / steps
+        steady = now - self.warm_up if self.steps_done > self.warm_up_steps else now
+        step_time = steady[1] / steady[0]
         epochs_left = run.flags.epochs - run.epoch
         time_left = ((self.steps * epochs_left - step - 1) * step_time
                      + epochs_left * run.evaluation_seconds)
@@ -1632,20 +1628,18 @@ class EpochMeter:
         """Returns the epoch's part of a row of metrics.csv, over all ranks."""
         run = self.run
         run.runtime.synchronize()
-        last_weights = optimizer_parameters(run.optimizer)[-1]
-        if (run.precision.uses_loss_scale and len(self.sampler) >= MAX_OVERFLOWS
-                and run.flags.lr and torch.equal(last_weights, self.first_weights)):
+        if (run.precision.uses_loss_scale and len(self.sampler) >= MAX_OVERFLOWS and run.flags.lr
+                and torch.equal(optimizer_parameters(run.optimizer)[-1], self.first_weights)):
             raise UserError(f"no step of epoch {run.epoch} has changed the weights: all gradients "
                             f"overflow at --loss-scale {run.flags.loss_scale}. Try a lower one")
         now = self.read()
-        _, seconds, data_time = (now - self.start).tolist()
-        steps, steady_seconds, _ = (now - self.steady_start).tolist()
+        steps, steady_seconds, _ = (now - self.warm_up).tolist()
         images = int(steps) * self.sampler.total
         run.steady_images += images
         run.steady_seconds += steady_seconds
-        sums = run.group.sum(run.totals.tolist() + [data_time / seconds])
+        _, seconds, data_time = now.tolist()
+        sums = run.group.sum(run.totals.tolist() + [data_time / seconds / run.group.size])
         loss, finite, top1, _, seen, _, data_wait = sums
-        data_wait /= run.group.size
         if data_wait > 0.1:
             run.log(f"=> {100 * data_wait:.0f} % of epoch {run.epoch} was spent waiting "
                     f"for images: raise --workers (now {run.train_loader.num_workers}), or use "
