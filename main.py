@@ -1160,7 +1160,6 @@ UNRELATED = set("""data workers max_bad pretrained weights start_epoch device_li
     argv""".split())
 COLUMNS = ("epoch", "lr", "train_loss", "train_acc1", "val_loss", "acc1", "acc5", "fps", "seconds",
            "data_wait")  # of metrics.csv
-WARM_UP_STEPS = 5  # left out of the throughput: compilation and caches are not steady yet
 MAX_OVERFLOWS = 20  # losses in a row; 16 halvings of the initial loss scale, 65536, leave 1
 
 def checkpoint_path(flags, age=0):
@@ -1171,8 +1170,8 @@ def optimizer_state(optimizer):
     """Returns ``state_dict()`` on the host, parameters numbered in order (torch 1.5: addresses)."""
     states = {}
     for number, parameter in enumerate(optimizer_parameters(optimizer)):
-        states[number] = {name: value.cpu() if torch.is_tensor(value) else value
-                          for name, value in optimizer.state[parameter].items()}
+        state = optimizer.state[parameter].items()
+        states[number] = {key: value.cpu() for key, value in state if value is not None}
     group = {"lr": optimizer.param_groups[0]["lr"], "params": list(states)}
     return {"state": states, "param_groups": [group]}
 
@@ -1180,9 +1179,9 @@ def settings(run):
     """Returns the flags that the weights depend on, and what else they do: plain values."""
     values = {name: value for name, value in vars(run.flags).items() if name not in UNRELATED}
     sampler = run.train_loader.sampler
-    values.update(device=run.runtime.backend.name, opt_level=run.precision.level, seed=run.seed,
-                  batch_size=sampler.total, train_images=sampler.count, processes=run.group.size)
-    return values
+    return dict(values, device=run.runtime.backend.name, opt_level=run.precision.level,
+                seed=run.seed, batch_size=sampler.total, train_images=sampler.count,
+                processes=run.group.size)
 
 def check_finite(state, name, advice):
     """Raises UserError where a tensor of the dictionary ``state`` holds NaN or infinity."""
@@ -1212,31 +1211,9 @@ def snapshot(run):
         "torch": str(torch.__version__),
     }
 
-def load_optimizer_state(optimizer, saved):
-    """Copies the state of each parameter, under whatever name, and the last learning rate, but no
-    options (fused depends on the device). Raises ValueError where a name or a shape differs."""
-    names = [name for group in saved["param_groups"] for name in group["params"]]
-    parameters = optimizer_parameters(optimizer)
-    if len(names) != len(parameters):
-        raise ValueError(f"it has {len(names)} parameters, expected {len(parameters)}")
-    for group in optimizer.param_groups:
-        group["lr"] = saved["param_groups"][0]["lr"]
-    for name, parameter in zip(names, parameters):
-        state = optimizer.state[parameter]
-        for key, value in saved["state"].get(name, {}).items():
-            if state and key not in state:
-                raise ValueError(f"it has {key}, expected {', '.join(state)}")
-            if torch.is_tensor(value) and value.dim():
-                if value.shape != parameter.shape:
-                    raise ValueError(f"{key} of shape {list(value.shape)}, expected "
-                                     f"{list(parameter.shape)}")
-                # In the parameter's order in memory, which a fused optimizer needs.
-                value = torch.empty_like(parameter).copy_(value)
-            state[key] = value
-
 def write_file(content, path, older=()):
-    """Writes bytes under a temporary name, flushes, then renames; a file there gets the first of
-    the ``older`` names. Raises UserError where that fails; no file has changed then."""
+    """Writes bytes under a temporary name, then renames; a file there gets the first of the
+    ``older`` names. Raises UserError where that fails, with no file changed."""
     try:
         with contextlib.suppress(FileNotFoundError):
             os.remove(f"{path}.tmp")
@@ -1262,11 +1239,10 @@ def save(run, best=False):
         # To memory, as torch 1.8 aborts where it writes to a full disk itself, and not by
         # torch.save, which some versions of torch_npu replace by one that loses strings.
         torch.serialization.save(checkpoint, content, _use_new_zipfile_serialization=True)
+        paths = [checkpoint_path(run.flags, age) for age in range(run.flags.keep)]
         if best:
-            best_path = os.path.join(run.flags.output_dir, "model_best.pth.tar")
-            write_file(content.getbuffer(), best_path)
-        newest, *older = [checkpoint_path(run.flags, age) for age in range(run.flags.keep)]
-        write_file(content.getbuffer(), newest, older)
+            write_file(content.getvalue(), os.path.join(run.flags.output_dir, "model_best.pth.tar"))
+        write_file(content.getvalue(), paths[0], paths[1:])
 
 class SafePickle:
     """In place of the pickle module where torch.load has no ``weights_only``: data, no code."""
@@ -1279,9 +1255,7 @@ class SafePickle:
                 return super().find_class(module, name)
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
-    @classmethod
-    def load(cls, file, **options):
-        return cls.Unpickler(file, **options).load()
+    load = staticmethod(lambda file, **options: SafePickle.Unpickler(file, **options).load())
 
 def read_checkpoint(path):
     """Returns a checkpoint file as a dictionary, and never runs code from it. Raises UserError
@@ -1292,26 +1266,20 @@ def read_checkpoint(path):
     try:
         with open(path, "rb") as file:
             start = file.read(2)
-    except OSError as error:
-        raise UserError(f"no checkpoint {path!r} ({error.strerror}): give a file that exists")
-    try:
         if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-            return load_file(path)
+            return importlib.import_module("safetensors.torch").load_file(path)
         if start == b"PK" and zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum does not match")
         if start != b"PK" and start[:1] != b"\x80":  # torch before 1.6 wrote a bare pickle
             raise ValueError(f"it starts with {start}, which torch.save never writes")
-        checkpoint = torch.load(path, map_location="cpu", **options)
-        if not isinstance(checkpoint, dict):
-            raise ValueError(f"it holds a {type(checkpoint).__name__}")
-        return checkpoint
+        return dict(torch.load(path, map_location="cpu", **options))
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"no checkpoint {path!r} ({error.strerror}): give a file that exists")
     except Exception as error:  # damaged bytes lead to almost any
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and code:
-            raise UserError(f"{path} was not loaded: it holds more than tensors and plain values, "
-                            f"which could run code ({code.group(1)}). Save its state_dict alone")
-        reason = str(error).rsplit("error: ", 1)[-1]  # torch puts advice to load unsafely before it
+        reason = str(error).rsplit("Unpickler error: ", 1)[-1]  # after advice to load it unsafely
+        code = re.search(r"GLOBAL (\S+)", reason)
+        if code:
+            reason = f"it could run code ({code.group(1)}): save its tensors alone, as a state_dict"
         raise UserError(f"{path} can't be read as a checkpoint: {first_line(reason)}")
 
 def adopt_flags(flags, checkpoint):
@@ -1320,12 +1288,11 @@ def adopt_flags(flags, checkpoint):
     saved = dict(checkpoint.get("flags", {}))
     if checkpoint.get("arch") in mnasnet.WEIGHTS:  # timm's have other names
         saved["arch"] = checkpoint["arch"]
-    names = [name for name in ("arch", "val_resize_size", "val_crop_size", "opt_level")
-             if name in saved]
-    words = [f"--{name.replace('_', '-')}={saved[name]}" for name in names]
-    adopted = parse_args(words + flags.argv)  # where a flag comes twice, the last one counts
-    return adopted, [word for name, word in zip(names, words)
-                     if getattr(adopted, name) == saved[name] != getattr(flags, name)]
+    names = ("arch", "val_resize_size", "val_crop_size", "opt_level")
+    words = {name: f"--{name.replace('_', '-')}={saved[name]}" for name in names if name in saved}
+    adopted = parse_args([*words.values(), *flags.argv])  # of a flag that comes twice, the last
+    return adopted, [word for name, word in words.items()
+                     if getattr(adopted, name) != getattr(flags, name)]
 
 def find_checkpoint(flags):
     """Returns the checkpoint that --resume asks for, and its path; ({}, None) for none."""
@@ -1355,41 +1322,38 @@ def loading(path):
                         f"({type(error).__name__}: {first_line(error)})")
 
 def find_state(checkpoint, path):
-    """Returns the state dict of a checkpoint of this trainer, of the reference, of torchvision's or
-    timm's trainer, or of a plain state dict, under the model's names. Raises UserError where it
-    holds none, or values that are not finite."""
+    """Returns the state dict of a checkpoint of any trainer of MnasNet, under the model's names.
+    Raises UserError where it holds none, or values that are not finite."""
     state = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
-    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
-        if isinstance(state, dict) and all(str(name).startswith(prefix) for name in state):
-            state = {name[len(prefix):]: value for name, value in state.items()}
-    if isinstance(state, dict) and "conv_stem.weight" in state:
+    items = state.items() if isinstance(state, dict) else ()
+    # DistributedDataParallel and torch.compile put these before each name.
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in items}
+    if "conv_stem.weight" in state:
         state = mnasnet.rename_from_timm(state)
-    if not isinstance(state, dict) or not torch.is_tensor(state.get("classifier.1.weight")):
+    if not torch.is_tensor(state.get("classifier.1.weight")):
         raise UserError(f"{path} is not a MnasNet checkpoint: it has no classifier.1.weight")
     check_finite(state, path, "give another file")
     return state
 
 def load_weights(model, checkpoint, path, classes, new_classifier=False):
-    """Loads the state dict of a checkpoint. Raises UserError where it does not fit the model or its
-    classes. If only the classes differ, ``new_classifier`` keeps the model's own classifier; a note
-    for the log is returned."""
-    state = find_state(checkpoint, path)
-    count, note = len(state["classifier.1.weight"]), ""
+    """Loads a checkpoint's state dict, but with ``new_classifier`` no classifier of other classes;
+    returns a note for the log. Raises UserError where model or classes do not fit."""
+    state, note = find_state(checkpoint, path), ""
+    count = len(state["classifier.1.weight"])
     if count != model.num_classes or checkpoint.get("classes", classes) != classes:
-        other = "other " if count == model.num_classes else ""
+        found = f"{count} {'other ' if count == model.num_classes else ''}classes"
         if not new_classifier:
-            raise UserError(f"{path} was trained on {count} {other}classes, the data has "
-                            f"{model.num_classes}: give the data it was trained on")
-        note = (f": {count} {other}classes there, {model.num_classes} here, the classifier is "
-                "re-initialised")
-        own = model.classifier[1].state_dict()
-        state = dict(state, **{f"classifier.1.{name}": tensor for name, tensor in own.items()})
+            raise UserError(f"{path} was trained on {found}, the data has {model.num_classes}: "
+                            "give the data it was trained on")
+        note = f": {found} there, {model.num_classes} here, the classifier is re-initialised"
+        state["classifier.1.weight"] = model.classifier[1].weight
+        state["classifier.1.bias"] = model.classifier[1].bias
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        arch, detail = checkpoint.get("arch", "unknown"), "".join(str(error).splitlines()[1:2])
-        raise UserError(f"{path} does not fit alpha {model.alpha}: give the -a it was trained "
-                        f"with, {arch} ({detail.strip()[:200]})")
+        reason = str(error).splitlines()[-1].strip()[:200]
+        raise UserError(f"{path} does not fit alpha {model.alpha} ({reason}): give the -a it was "
+                        f"trained with, {checkpoint.get('arch', 'unknown')}")
     return note
 
 def load_pretrained(model, flags, classes):
@@ -1407,31 +1371,49 @@ def load_pretrained(model, flags, classes):
     note = load_weights(model, checkpoint, source, classes, new_classifier=True)
     return f"=> weights of {source}{note}"
 
+def load_optimizer_state(optimizer, saved):
+    """Copies each parameter's state, in order, and the learning rate, but no options (fused depends
+    on the device). Raises ValueError where the number, a name or a shape differs."""
+    names = [name for group in saved["param_groups"] for name in group["params"]]
+    parameters = optimizer_parameters(optimizer)
+    if len(names) != len(parameters):
+        raise ValueError(f"it has {len(names)} parameters, expected {len(parameters)}")
+    for group in optimizer.param_groups:
+        group["lr"] = saved["param_groups"][0]["lr"]
+    for name, parameter in zip(names, parameters):
+        state = optimizer.state[parameter]
+        for key, value in saved["state"].get(name, {}).items():
+            if value is None:  # without momentum
+                continue
+            if value.shape != parameter.shape or (state and key not in state):
+                raise ValueError(f"it has {key} of {value.shape}, expected "
+                                 f"{', '.join(state) or key} of {parameter.shape}")
+            # In the parameter's order in memory, which a fused optimizer needs.
+            state[key] = torch.empty_like(parameter).copy_(value)
+
+def write_metrics(run):
+    """Writes metrics.csv, a row for each epoch, and to TensorBoard the last evaluation."""
+    lines = [COLUMNS] + [[f"{row[name]:.6g}" for name in COLUMNS] for row in run.history]
+    content = "".join(",".join(line) + "\n" for line in lines).encode()
+    write_file(content, os.path.join(run.flags.output_dir, "metrics.csv"))
+    if run.tensorboard:
+        row = run.history[-1]
+        for name in ("val_loss", "acc1", "acc5"):
+            run.tensorboard.add_scalar(f"val/{name.replace('val_', '')}", row[name], row["epoch"])
+        run.tensorboard.flush()
+
 def restore_ranks(run, checkpoint):
     """Restores what each rank had of its own, or an equal part where their number has changed."""
-    stats, totals, size = checkpoint["running_stats"], checkpoint["totals"], run.group.size
-    if len(stats) != size:
-        stats, totals = stats.mean(0).expand(size, -1), (totals.sum(0) / size).expand(size, -1)
-    set_running_stats(run.model, stats[run.runtime.rank])
+    stats, totals = checkpoint["running_stats"], checkpoint["totals"]
+    rank, same = run.runtime.rank, len(stats) == run.group.size
+    set_running_stats(run.model, stats[rank] if same else stats.mean(0))
     if totals.shape[1] == len(run.totals):  # else of an earlier version
-        run.totals.copy_(totals[run.runtime.rank])
+        run.totals.copy_(totals[rank] if same else totals.sum(0) / run.group.size)
     saved = checkpoint.get("flags", {})
     changes = [f"{name.replace('_', ' ')} {saved.get(name)}, now {value}"
                for name, value in settings(run).items() if saved.get(name) != value]
     if changes:
         run.log("=> no longer bit-identical to an uninterrupted run: it had " + "; ".join(changes))
-
-def write_metrics(run):
-    """Writes metrics.csv, a row for each epoch, and to TensorBoard the last evaluation."""
-    lines = [",".join(COLUMNS)]
-    for row in run.history:
-        lines.append(",".join([str(row["epoch"])] + [f"{row[name]:.6g}" for name in COLUMNS[1:]]))
-    path = os.path.join(run.flags.output_dir, "metrics.csv")
-    write_file("".join(f"{line}\n" for line in lines).encode(), path)
-    if run.tensorboard:
-        for name in ("val_loss", "acc1", "acc5"):
-            run.tensorboard.add_scalar(f"val/{name.replace('val_', '')}", row[name], row["epoch"])
-        run.tensorboard.flush()
 
 def restore(run, checkpoint, path):
     """Continues from a checkpoint, as far as possible also from one of the reference."""
@@ -1444,16 +1426,15 @@ def restore(run, checkpoint, path):
         run.epoch = int(checkpoint.get("epoch", run.epoch))
         run.images = int(checkpoint.get("images", 0))
         run.best_acc1 = float(checkpoint.get("best_acc1", 0))
-        run.history = [{name: row[name] + 0 for name in COLUMNS}
-                       for row in checkpoint.get("history", ())]
+        run.history = list(checkpoint.get("history", ()))
         if run.images > run.train_loader.sampler.count:
             raise UserError(f"{path} is {run.images} images into an epoch, and the data has fewer: "
                             "give the data it was trained on")
         run.log(f"=> resumed from {path}: epoch {run.epoch}, {run.images} images into it")
-        if "running_stats" in checkpoint:
+        if "running_stats" in checkpoint:  # not one of the reference
             restore_ranks(run, checkpoint)
-    if run.runtime.rank == 0 and run.history:
-        write_metrics(run)
+        if run.runtime.rank == 0 and run.history:
+            write_metrics(run)
 
 @contextlib.contextmanager
 def lock_folder(path):
@@ -1462,20 +1443,17 @@ def lock_folder(path):
     try:
         os.makedirs(path, exist_ok=True)
         folder = os.open(path, os.O_RDONLY)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"can't use --output-dir {path!r}: {error.strerror}")
     try:
-        deadline = time.monotonic() + 10  # the processes of a killed run may need seconds to end
-        while True:
-            try:
+        for _ in range(100):  # the processes of a killed run may need seconds to end
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"another run writes to {path!r}: give another --output-dir")
-                time.sleep(0.1)
+            time.sleep(0.1)
+        else:
+            raise UserError(f"another run writes to {path!r}: give another --output-dir")
         yield
     finally:
         os.close(folder)
@@ -1499,19 +1477,17 @@ def set_results_aside(run):
 
 def name_bad_images(flags, images, unreadable, total):
     """Names a step's ``unreadable`` images, (index, reason), in the log and in bad_images.txt,
-    where they are not yet there. Raises UserError where ``total``, the number in this pass over
+    where they are not yet there. Raises UserError where ``total``, their number in this pass over
     the data set, of all ranks, is more than --max-bad."""
     listed = os.path.join(flags.output_dir, "bad_images.txt")
     for index, reason in unreadable:
-        path = images.path(index)
-        name = path if path.isprintable() else path.encode("unicode_escape").decode()
+        name = repr(images.path(index))[1:-1]  # on one line
         try:
-            with open(listed, "a+", encoding="utf-8", errors="surrogateescape",
-                      opener=lambda path, mode: os.open(path, mode | os.O_NOFOLLOW)) as file:
-                file.seek(0)
-                if name in {line.split("\t")[0] for line in file}:
+            file = os.open(listed, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            with open(file, "r+", encoding="utf-8", errors="replace") as lines:
+                if name in {line.split("\t")[0] for line in lines}:
                     continue
-                file.write(f"{name}\t{reason}\n")
+                lines.write(f"{name}\t{reason}\n")
         except OSError as error:
             if not flags.evaluate:  # which writes nothing else
                 raise UserError(f"can't write {listed}: {first_line(error)}")
@@ -1525,90 +1501,83 @@ class EpochMeter:
 
     def __init__(self, run, steps):
         self.run, self.steps, self.sampler = run, steps, run.train_loader.sampler
-        self.warm_up_steps = 0 if run.steady_images else min(WARM_UP_STEPS, len(self.sampler) // 2)
-        # Steps, seconds and seconds of waiting for images: now, at the last line, after warm-up.
-        self.time, self.printed, self.warm_up = np.zeros((3, 3))
-        self.last_time = time.monotonic()
-        self.weights = optimizer_parameters(run.optimizer)[-1]
-        self.first_weights = self.weights.detach().clone()
+        # Left out of the throughput: compilation and caches are not steady yet.
+        self.warm_up_steps = 0 if run.steady_images else min(5, len(self.sampler) // 2)
+        self.begin, self.steps_done, self.data_time = time.monotonic(), 0, 0.0
+        self.printed = self.warm_up = np.zeros(3)  # what read() returned then
+        self.first_weights = optimizer_parameters(run.optimizer)[-1].detach().clone()
 
-    def measure(self, steps=0, waiting=False):
-        """Adds the time since the last call, all or none of it spent waiting for images."""
-        now = time.monotonic()
-        seconds, self.last_time = now - self.last_time, now
-        self.time += steps, seconds, seconds if waiting else 0
-        return self.time
+    def read(self):
+        """Returns the steps, the seconds and the seconds of waiting for images up to now."""
+        return np.array([self.steps_done, time.monotonic() - self.begin, self.data_time])
 
     def update(self, loss, logits, targets):
-        """Adds a step to the run's totals, on the device: loss, over images; images whose loss was
-        finite; top 1; top 5; images; and losses that were not finite, under a loss scale those in a
-        row, also over epochs."""
-        totals, count = self.run.totals, len(targets)
-        overflow = 1 - torch.isfinite(loss).float()
-        self.figures = torch.stack((loss.float(), *topk_correct(logits, targets)))
-        totals[0] += count * loss.float().masked_fill(overflow == 1, 0)
-        totals[1] += count * (1 - overflow)
+        """Adds a step to the run's totals, on the device: loss, over images; images of finite loss;
+        top 1; top 5; images; and losses that were not finite, in a row that may span epochs."""
+        totals, count, finite = self.run.totals, len(targets), torch.isfinite(loss)
+        self.figures = torch.stack((loss, *topk_correct(logits, targets)))
+        totals[0] += count * loss.masked_fill(~finite, 0)
+        totals[1] += count * finite.float()
         totals[2:4] += self.figures[1:]
         totals[4] += count
-        totals[5] = totals[5] * (overflow if self.run.precision.uses_loss_scale else 1) + overflow
-        self.measure(steps=1)
-        if self.time[0] == self.warm_up_steps:
+        totals[5] = (totals[5] + 1).masked_fill(finite, 0)
+        self.steps_done += 1
+        if self.steps_done == self.warm_up_steps:
             self.run.runtime.synchronize()
-            self.warm_up = self.measure().copy()
+            self.warm_up = self.read()
 
     def check_loss(self, step):
         """Raises UserError where losses are not finite; a loss scale allows some of them."""
-        run = self.run
-        limit = MAX_OVERFLOWS if run.precision.uses_loss_scale else 1
-        if run.totals[5] >= limit:
+        run, count = self.run, self.run.totals[5].item()
+        if count >= (MAX_OVERFLOWS if run.precision.uses_loss_scale else 1):
             lr = run.optimizer.param_groups[0]["lr"]
-            raise UserError(f"the loss is {self.figures[0]} at epoch {run.epoch} step {step} (lr "
-                            f"{lr:.6g}), not finite for {run.totals[5]:.0f} steps. Try a lower "
-                            "--lr or a longer --warmup")
+            raise UserError(
+                f"the loss is {self.figures[0]} at epoch {run.epoch} step {step} (lr {lr:.6g}), "
+                f"not finite for {count:.0f} steps. Try a lower --lr or a longer --warmup")
 
     def print_step(self, step):
-        """Prints the last step, the time of the steps since the last line, and the throughput of
-        these and of the epoch. Loss and accuracy are those of this rank."""
-        run, figures = self.run, self.figures.tolist()
-        interval, steady = self.measure() - self.printed, self.time - self.warm_up
-        self.printed = self.time.copy()
-        steps, seconds, waiting = interval.tolist()
-        steady_time = steady[1] / steady[0] if steady[0] else self.time[1] / self.time[0]
+        """Prints this rank's last step, and the times of all since the last line."""
+        run, now, total = self.run, self.read(), self.sampler.total
+        steps, seconds, waiting = now - self.printed
+        self.printed = now
+        steady = now - self.warm_up if self.steps_done > self.warm_up_steps else now
+        step_time = steady[1] / steady[0]
         epochs_left = run.flags.epochs - run.epoch
-        time_left = ((self.steps * epochs_left - step - 1) * steady_time
+        time_left = ((self.steps * epochs_left - step - 1) * step_time
                      + epochs_left * run.evaluation_seconds)
+        loss, top1, _ = self.figures.tolist()
+        acc1, fps = 100 * top1 / self.sampler.batch_size, total * steps / seconds
         lr = run.optimizer.param_groups[0]["lr"]
-        acc1 = 100 * figures[1] / self.sampler.batch_size
-        fps = self.sampler.total * steps / seconds
         run.log(f"Epoch: [{run.epoch}][{step:{len(str(self.steps))}d}/{self.steps}]\t"
-                f"Time {seconds / steps:.3f}\tData {waiting / steps:.3f}\tLoss {figures[0]:.4f}\t"
+                f"Time {seconds / steps:.3f}\tData {waiting / steps:.3f}\tLoss {loss:.4f}\t"
                 f"Acc@1 {acc1:.2f}\tLR {lr:.4g}\tETA {datetime.timedelta(seconds=int(time_left))}\t"
-                f"FPS {fps:.2f} ( {self.sampler.total / steady_time:.2f} )")
+                f"FPS {fps:.2f} ( {total / step_time:.2f} )")
         if run.tensorboard:
-            number = run.epoch * self.steps + step
-            for name, value in (("loss", figures[0]), ("acc1", acc1), ("lr", lr), ("fps", fps)):
-                run.tensorboard.add_scalar(f"train/{name}", value, number)
+            for name, value in (("loss", loss), ("acc1", acc1), ("lr", lr), ("fps", fps)):
+                run.tensorboard.add_scalar(f"train/{name}", value, run.epoch * self.steps + step)
 
     def summarize(self):
         """Returns the epoch's part of a row of metrics.csv, over all ranks."""
-        run, workers = self.run, self.run.train_loader.num_workers
+        run = self.run
         run.runtime.synchronize()
-        if (run.precision.uses_loss_scale and len(self.sampler) >= MAX_OVERFLOWS
-                and run.flags.lr and torch.equal(self.weights, self.first_weights)):
+        if (run.precision.uses_loss_scale and len(self.sampler) >= MAX_OVERFLOWS and run.flags.lr
+                and torch.equal(optimizer_parameters(run.optimizer)[-1], self.first_weights)):
             raise UserError(f"no step of epoch {run.epoch} has changed the weights: all gradients "
                             f"overflow at --loss-scale {run.flags.loss_scale}. Try a lower one")
-        steps, seconds, _ = (self.measure() - self.warm_up).tolist()
+        now = self.read()
+        steps, steady_seconds, _ = (now - self.warm_up).tolist()
         images = int(steps) * self.sampler.total
         run.steady_images += images
-        run.steady_seconds += seconds
-        loss, finite, top1, _, seen, _, data_time = run.group.sum(
-            run.totals.tolist() + [self.time[2]])
-        data_wait = float(data_time / run.group.size / self.time[1])
+        run.steady_seconds += steady_seconds
+        _, seconds, data_time = now.tolist()
+        sums = run.group.sum(run.totals.tolist() + [data_time / seconds / run.group.size])
+        loss, finite, top1, _, seen, _, data_wait = sums
         if data_wait > 0.1:
             run.log(f"=> {100 * data_wait:.0f} % of epoch {run.epoch} was spent waiting "
-                    f"for images: raise --workers (now {workers}), or use more or faster cores")
+                    f"for images: raise --workers (now {run.train_loader.num_workers}), or use "
+                    "more or faster cores")
         return {"train_loss": loss / max(1, finite), "train_acc1": 100 * top1 / seen,
-                "fps": images / seconds, "data_wait": data_wait, "seconds": float(self.time[1])}
+                "fps": images / steady_seconds, "data_wait": data_wait, "seconds": seconds}
 
 
 # --- 8. Training ----------------------------------------------------------------------------------
@@ -1671,11 +1640,11 @@ def train_epoch(run):
         lr = learning_rate(flags, run.epoch + step / steps)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        meter.measure()
+        begin = time.monotonic()
         run.group.waiting = True
         images, targets, unreadable = next(batches)
         run.group.waiting = False
-        meter.measure(waiting=True)
+        meter.data_time += time.monotonic() - begin
         # Dropout draws the same after a resume, with no generator state in the checkpoint. Not
         # before the batch: a loader that starts draws a number, too.
         entropy = (run.seed, run.epoch, run.images, run.runtime.rank)
