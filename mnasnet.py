@@ -235,9 +235,9 @@ def padded_depthwise_conv2d(conv, images):
 
 def has_fast_depthwise(dtype):
     """Whether ``depthwise_conv2d`` is available: torch 2.x, on a CPU that has ``dtype``."""
-    if TORCH < (2, 0):  # torch < 1.11 has no convolution_backward
-        return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # torch < 1.11 has no convolution_backward.
+    return TORCH >= (2, 0) and (
+        dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 def depthwise_conv2d(dtype, conv, images):
     """Computes ``conv`` in ``dtype`` with the gradients of ``DepthwiseConv2d``."""
@@ -308,10 +308,8 @@ def keep_freed_memory(processes):
             libc.free(ctypes.c_void_p(block))
 
 def fold_batchnorm(model):
-    """Returns a copy of ``model`` for evaluation, each BatchNorm folded into its convolution.
-
-    The logits differ from those of ``model`` by rounding.
-    """
+    """Returns a copy of ``model`` for evaluation, each BatchNorm folded into its convolution: equal
+    logits up to rounding."""
     model = copy.deepcopy(model).eval()
     for layers in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
         for index, layer in enumerate(layers):
