@@ -2,9 +2,8 @@
 
     python tools/predict.py CHECKPOINT PATH... [--topk 5] [--csv FILE] [--device npu|gpu|cpu]
 
-It prints path, class and probability of each guess, separated by tabs; for images in folders named
-as the classes, as in val/, also accuracy, precision, recall and confusions. An unreadable image
-counts as wrong. Status: 0; 1 after an error or if no image can be read; 2: invalid command line.
+It prints path, class and probability of each guess; where folders are named as the classes, as in
+val/, also accuracy, precision, recall and confusions. An unreadable image counts as wrong.
 """
 
 import argparse
@@ -109,7 +108,8 @@ def main():
         csv.writer(file, lineterminator="\n").writerows(row[:len(head)] for row in [head, *rows])
     if images.labels.max() >= 0:
         report(out, [row[1:] for row in rows if row[1]])
-    return int(all(len(row) == 2 for row in rows))
+    unread = sum(len(row) == 2 for row in rows)
+    return f"predict.py: error: {unread} of {len(rows)} image(s) can't be read" if unread else 0
 
 
 if __name__ == "__main__":

@@ -130,7 +130,9 @@ def test_precision_and_recall_are_those_of_the_predictions(ten, checkpoint, tmp_
     right = sum(one == other for one, other in pairs)
     assert counts(result)[::2] == (str(right), "61")
     assert result.stderr.splitlines() == [
-        f"predict.py: can't read {str(bad)!r}: not an image of a format that Pillow knows"]
+        f"predict.py: can't read {str(bad)!r}: not an image of a format that Pillow knows",
+        "predict.py: error: 1 of 61 image(s) can't be read"]
+    assert result.returncode == 1
 
 
 @pytest.mark.slow
