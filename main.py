@@ -1438,8 +1438,7 @@ def restore(run, checkpoint, path):
 
 @contextlib.contextmanager
 def lock_folder(path):
-    """Creates a folder where it is missing, and holds it for this run alone. Raises UserError
-    where another run does, or nothing can be written."""
+    """Makes a folder and holds it for this run alone; raises UserError where that is impossible."""
     try:
         os.makedirs(path, exist_ok=True)
         folder = os.open(path, os.O_RDONLY)
@@ -1476,9 +1475,8 @@ def set_results_aside(run):
         run.log(f"=> the results of an earlier run are now in {folder}")
 
 def name_bad_images(flags, images, unreadable, total):
-    """Names a step's ``unreadable`` images, (index, reason), in the log and in bad_images.txt,
-    where they are not yet there. Raises UserError where ``total``, their number in this pass over
-    the data set, of all ranks, is more than --max-bad."""
+    """Adds a step's ``unreadable``, (index, reason), to the log and bad_images.txt, once each.
+    Raises UserError where ``total``, of this pass and all ranks, is more than --max-bad."""
     listed = os.path.join(flags.output_dir, "bad_images.txt")
     for index, reason in unreadable:
         name = repr(images.path(index))[1:-1]  # on one line
