@@ -267,7 +267,7 @@ class Runtime:
             self.module.synchronize()
 
 def device_count(backend):
-    """Returns the number of this machine's cards, and the reason where there are none."""
+    """Returns the number of this machine's cards, and the reason should there be none."""
     if backend.name == "cpu":
         return 1, ""
     if backend.name == "npu" and not hasattr(torch, "npu"):  # Ascend's torch 1.5 has it built in
@@ -277,7 +277,7 @@ def device_count(backend):
             return 0, f"torch_npu does not import ({first_line(error)})"
     module = getattr(torch, backend.module, None)
     count = module.device_count() if module and module.is_available() else 0
-    return count, "" if count else f"torch.{backend.module} finds no card"
+    return count, f"torch.{backend.module} finds no card"
 
 def select_backend(flags):
     """Returns the backend asked for, or the best one available with the reasons against others."""
@@ -287,48 +287,40 @@ def select_backend(flags):
         if count:
             return backend, f" ({'; '.join(notes)})" if notes else ""
         notes.append(f"{backend.name}: {reason}")
-    raise UserError(f"--device {flags.device} is not available: {reason}")
+    raise UserError(f"--device {flags.device} is not available: {notes[0]}")
 
 def select_cards(flags, backend):
     """Returns the numbers of this node's cards; on the CPU any numbers, one per process."""
     count, _ = device_count(backend)
     cards = flags.device_list or (list(range(count)) if flags.npu is None else [flags.npu])
     if max(cards) >= count and backend.name != "cpu":
-        raise UserError(f"card {max(cards)} is not available: this machine has {count} "
-                        f"{backend.name} card(s); give other numbers with --device-list or --npu")
+        raise UserError(f"card {max(cards)} is not available: found {count} (--device-list, --npu)")
     return cards
 
 def read_variable(name, low, high, default=None):
-    """Returns an environment variable as a whole number; UserError where it can't be that."""
+    """Returns a whole number from the environment; raises UserError where there is none."""
     text = os.environ.get(name, default)
-    try:
-        return number(int, low, high)("" if text is None else text)
-    except (ValueError, argparse.ArgumentTypeError):
-        raise UserError(f"the environment variable {name} is {text!r}, expected {low} to {high}: "
-                        "torchrun and srun set it, for every rank")
+    if not str(text).isdecimal() or not low <= int(text) <= high:
+        raise UserError(f"{name} is {text!r}, expected {low} to {high}, as torchrun or srun set it")
+    return int(text)
 
 def resolve_rank(flags):
-    """Returns the rank, the world size, the local rank and the number of processes on this node:
-    from the flags, or what torchrun or SLURM's srun put into the environment."""
+    """Returns rank, world size, local rank and processes of this node, from flags or a launcher."""
     cards, env = len(flags.device_list), os.environ
     if flags.multiprocessing_distributed:
         rank = flags.node_rank * cards + flags.local_rank
         return rank, flags.nodes * cards, flags.local_rank, cards
-    if cards > 1:
-        raise UserError(f"--device-list names {cards} cards for one process: add "
-                        "--multiprocessing-distributed")
     if "RANK" in env or "WORLD_SIZE" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        names, nodes = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), 1
     elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env and flags.world_size == -1:
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    elif flags.local_rank is None:
+        nodes = read_variable("SLURM_NNODES", 1, 2 ** 20, default=1)
+    elif flags.local_rank is None and cards < 2:
         return flags.node_rank, flags.nodes, 0, 1
     else:
-        raise UserError("--local_rank needs --multiprocessing-distributed and --device-list, or "
-                        "RANK and WORLD_SIZE in the environment, which torchrun sets")
+        raise UserError("2 cards or --local_rank needs --multiprocessing-distributed, or torchrun")
     size = read_variable(names[1], 1, 2 ** 20)
     rank = read_variable(names[0], 0, size - 1)
-    nodes = read_variable("SLURM_NNODES", 1, 2 ** 20, default=1) if names[0] != "RANK" else 1
     local_size = read_variable("LOCAL_WORLD_SIZE", 1, size, default=size // nodes)
     if size % nodes or size % local_size or flags.world_size not in (-1, size):
         raise UserError(f"{names[1]} is {size}: expected the same number of ranks on each node, "
@@ -337,21 +329,15 @@ def resolve_rank(flags):
     return rank, size, local_rank if flags.local_rank is None else flags.local_rank, local_size
 
 def resolve_address(url, one_node):
-    """Returns where the ranks meet. For env:// it sets MASTER_ADDR and MASTER_PORT where they are
-    missing: this machine, or the first node of a SLURM job, and a port of the job's own."""
-    env = os.environ
+    """Returns where the ranks meet; sets MASTER_ADDR and MASTER_PORT where env:// lacks them."""
     if url != "env://":
         return url
-    first = re.match(r"([^[,]+)(?:\[(\w+)[^]]*\]([^[,]*))?", env.get("SLURM_JOB_NODELIST", ""))
-    if not (one_node or first or "MASTER_ADDR" in env):
-        raise UserError("several nodes need an address: give all ranks the same --dist-url "
-                        "tcp://HOST:PORT, or MASTER_ADDR in the environment")
-    if "MASTER_ADDR" not in env:
-        parts = ("127.0.0.1",) if one_node else first.groups(default="")
-        env["MASTER_ADDR"] = "".join(parts)
+    nodes = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ.get("SLURM_JOB_NODELIST", ""))  # n[3-5]: n3
+    if not os.environ.setdefault("MASTER_ADDR", "127.0.0.1" if one_node else nodes.split(",")[0]):
+        raise UserError("several nodes need an address: --dist-url tcp://HOST:PORT or MASTER_ADDR")
     job = read_variable("SLURM_JOB_ID", 0, 2 ** 63, default=9688)
-    env.setdefault("MASTER_PORT", str(20000 + job % 10000))
-    return f"tcp://{env['MASTER_ADDR']}:{read_variable('MASTER_PORT', 1, 65535)}"
+    os.environ.setdefault("MASTER_PORT", str(20000 + job % 10000))
+    return f"tcp://{os.environ['MASTER_ADDR']}:{read_variable('MASTER_PORT', 1, 65535)}"
 
 def cores_per_process(processes=1):
     """Returns the usable cores of this machine, divided among so many processes."""
@@ -375,81 +361,69 @@ def open_device(flags, backend):
     module.set_device(device)
     if TORCH >= (1, 12):
         torch.set_float32_matmul_precision("high")  # TF32, which convolutions use by default
-    if hasattr(module, "set_compile_mode"):  # Ascend: don't compile for each new shape
-        module.set_compile_mode(jit_compile=False)
     if hasattr(module, "set_option") and "ACL_OP_COMPILER_CACHE_MODE" not in os.environ:
         module.set_option({"ACL_OP_COMPILER_CACHE_MODE": "enable"})
     return Runtime(backend, device, rank, world_size, local_size, module, module.Stream())
 
 def die_with_parent(parent, signum):
-    """Asks the kernel (Linux) to send this process ``signum`` when its parent ends; ends it where
-    the process ``parent`` is already gone."""
+    """Asks the kernel (Linux) to send this process ``signum`` when the process ``parent`` ends."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, int(signum))
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # which has ended before
         os._exit(1)
 
 class ProcessGroup:
     """All ranks of a run. Its collectives go over gloo, from host to host: no device waits."""
 
     def __init__(self, flags, runtime):
+        """Raises UserError where not all ranks are found at --dist-url in time."""
         self.rank, self.size = runtime.rank, runtime.world_size
-        self.timeout = flags.dist_timeout
         self.signal = 0  # that this process has received
         self.waiting = False  # for images, which need not be waited for after a signal
         self.step_end, self.step_seconds = time.monotonic(), 0.0
         self.ended = threading.Event()
-        if self.size > 1:
-            backend = flags.dist_backend or runtime.backend.collective
-            self.initialize(flags.dist_url, backend, runtime.local_size == self.size)
-
-    def initialize(self, url, backend, one_node):
-        """Raises UserError where not all ranks are found at the URL in time."""
-        env, address = os.environ, resolve_address(url, one_node)
+        if self.size == 1:
+            return
+        backend = flags.dist_backend or runtime.backend.collective
+        one_node = runtime.local_size == self.size
+        env, address = os.environ, resolve_address(flags.dist_url, one_node)
         local = address.startswith(("file:", "tcp://127.0.0.1:", "tcp://localhost:"))
         if one_node and local and os.path.exists("/sys/class/net/lo"):
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one node does not use the network
         if TORCH < (2, 0):
             env.setdefault("NCCL_ASYNC_ERROR_HANDLING", "1")  # else nccl waits for ever
-        limit = datetime.timedelta(seconds=self.timeout)
+        limit = datetime.timedelta(seconds=flags.dist_timeout)
         # nccl and hccl abort: sync_step, which names the silent ranks, has to notice first.
         margin = datetime.timedelta(seconds=0 if backend == "gloo" else 60)
-
-        def message(reason):
-            return (f"rank {self.rank}: rendezvous failed at {address} within {self.timeout:g} s "
-                    f"({reason}): start all ranks with the same --dist-url, tcp://HOST:PORT, "
-                    "file:///PATH or env://")
-
+        failed = f"rendezvous failed at {address} within {flags.dist_timeout:g} s"
+        advice = "start all ranks with the same --dist-url, tcp://HOST:PORT, file:///PATH or env://"
         try:
-            with self.time_limit(self.timeout + 10, message("a rank does not answer")):
-                store, _, _ = next(rendezvous(url, self.rank, self.size, timeout=limit))
+            with self.time_limit(flags.dist_timeout + 10, f"{failed} (no answer): {advice}"):
+                store, _, _ = next(rendezvous(flags.dist_url, self.rank, self.size, timeout=limit))
                 # torchrun keeps its store when it restarts the ranks.
                 self.store = dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
                 dist.init_process_group(backend, store=self.store, rank=self.rank,
                                         world_size=self.size, timeout=limit + margin)
                 self.group = dist.new_group(backend="gloo", timeout=limit)
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(message(first_line(error)))
+            raise UserError(f"rank {self.rank}: {failed} ({first_line(error)}): {advice}")
         if self.rank == 0:
             print(f"=> {self.size} processes, rendezvous at {address}, collectives over {backend}",
                   flush=True)
 
     @contextlib.contextmanager
     def time_limit(self, seconds, error):
-        """Ends the process with an error after so many seconds inside. torch's store waits for
-        ever for a rank 0 that has stopped."""
-
-        def give_up():
-            print_error(error, self.rank)
-            os._exit(1)
-
-        timer = threading.Timer(seconds, give_up)
-        timer.daemon = True
+        """Ends the process after so many seconds inside; torch's store may wait for ever."""
+        timer = threading.Timer(seconds, self.give_up, [error])
         timer.start()
         try:
             yield
         finally:
             timer.cancel()
+
+    def give_up(self, error):
+        print_error(error, self.rank)
+        os._exit(1)
 
     @contextlib.contextmanager
     def handle_signals(self, checkpoint):
@@ -476,29 +450,22 @@ class ProcessGroup:
             raise Stopped(signum)
 
     def end_in_time(self, reader, checkpoint):
-        """Ends the process where a signal is not followed by the end of a step, as other ranks or
-        loaders hang: after 30 s and twice the time of the last step."""
-        received = b"\0"
-        while received and received[0] not in SIGNALS:  # Python writes that of each child's end
-            received = os.read(reader, 1)
-        if received and not self.ended.wait(30 + 2 * self.step_seconds):
-            saved = checkpoint and os.path.exists(checkpoint)
-            print(f"=> {signal.Signals(received[0]).name}: stopped without saving, as no step "
-                  f"ended; the last checkpoint is {checkpoint if saved else 'none'}",
-                  file=sys.stderr, flush=True)
-            os._exit(128 + received[0])
+        """Ends the process 30 s and two steps after a signal, where other ranks or loaders hang."""
+        for received in iter(lambda: os.read(reader, 1), b""):
+            signum = received[0]  # Python writes that of each child's end, too
+            if signum in SIGNALS and not self.ended.wait(30 + 2 * self.step_seconds):
+                saved = checkpoint and os.path.exists(checkpoint)
+                print(f"=> {signal.Signals(signum).name}: stopped without saving, as no step "
+                      f"ended; the last checkpoint is {checkpoint if saved else 'none'}",
+                      file=sys.stderr, flush=True)
+                os._exit(128 + signum)
 
     def sync_step(self, unreadable):
-        """All-reduces the pending signal (returned: that of any rank, or 0) and the number of
-        unreadable images of a step (returned: over all ranks)."""
+        """Returns any rank's signal, or 0, and the number of unreadable images of all ranks."""
         now = time.monotonic()
         self.step_seconds, self.step_end = now - self.step_end, now
-        if self.size == 1:
-            return self.signal, unreadable
-        values = torch.tensor([unreadable] + [int(self.signal == signum) for signum in SIGNALS])
-        dist.all_reduce(values, group=self.group)
-        total, *received = values.tolist()
-        return next((int(s) for s, ranks in zip(SIGNALS, received) if ranks), 0), total
+        rows = self.gather(torch.tensor([self.signal, unreadable]))
+        return int(rows[:, 0].max()), int(rows[:, 1].sum())
 
     def gather(self, row):
         """Returns the ``row`` [N] of every rank as [world size, N]; on the host."""
@@ -511,26 +478,18 @@ class ProcessGroup:
         """Returns the sums of a list of numbers over all ranks, in float64."""
         return self.gather(torch.tensor(values, dtype=torch.float64)).sum(0).tolist()
 
-    @contextlib.contextmanager
-    def name_silent_ranks(self):
-        """Turns a failed collective into a UserError: all but the silent ranks sign the store."""
-        try:
-            yield
-        except RuntimeError as error:
-            collective = re.search("gloo|nccl|hccl|ProcessGroup|Connection", str(error), re.I)
-            if self.size == 1 or not collective:
-                raise
-            message = (f"does not respond ({first_line(error)}): see its output; --resume auto "
-                       "continues from the last checkpoint")
-            with self.time_limit(8, f"rank 0 {message}"):  # which holds the store
-                try:
-                    self.store.add(f"alive/{self.rank}", 1)
-                    time.sleep(min(3.0, self.timeout))
-                    silent = [r for r in range(self.size) if not self.store.add(f"alive/{r}", 0)]
-                except RuntimeError:
-                    silent = [0]
-            names = ", ".join(f"rank {r}" for r in silent) or "another rank"
-            raise UserError(f"{names} {message}")
+    def describe(self, error):
+        """Returns one line about an error, or "" for a bug; names the ranks that do not respond."""
+        collective = re.search("gloo|nccl|hccl|ProcessGroup|Connection", str(error), re.I)
+        if self.size == 1 or not (collective and isinstance(error, RuntimeError)):
+            return machine_error(error)
+        message = f"does not respond ({first_line(error)}): see its output, then --resume auto"
+        silent = ["rank 0"]  # which holds the store
+        with self.time_limit(8, f"rank 0 {message}"), contextlib.suppress(RuntimeError):
+            self.store.add(f"alive/{self.rank}", 1)
+            time.sleep(3)
+            silent = [f"rank {r}" for r in range(self.size) if not self.store.add(f"alive/{r}", 0)]
+        return f"{', '.join(silent) or 'another rank'} {message}"
 
     def report(self, error):
         """Prints an error, unless another rank has reported one: they would repeat each other."""
@@ -539,61 +498,47 @@ class ProcessGroup:
                 return
         print_error(error, self.rank if self.size > 1 else None)
 
-def forward_signal(children, signum):
-    for child in children:
-        if child.poll() is None:
-            child.send_signal(signum)
-
 def wait_children(children, first_rank, received):
-    """Forwards the signals in the list ``received``, and returns the status of the first of them or
-    of the first child that fails, or 0. The others then have 10 s to end, or 60 s if a signal ended
-    it after saving."""
-    status, deadline, codes, forwarded = 0, math.inf, [None], 0
-    while None in codes and time.monotonic() < deadline:
+    """Forwards the signals in the list ``received``; returns 128 plus the first, or the status of
+    the first child that fails, or 0. The others then have 10 s to end, or 60 s if it has saved."""
+    status, deadline = 0, math.inf
+    while any(child.returncode is None for child in children):
         time.sleep(0.05)
-        for signum in received[forwarded:]:
-            forward_signal(children, signum)
-            forwarded += 1
-        codes = [child.poll() for child in children]
-        rank = next((rank for rank, code in enumerate(codes) if code), None)
-        if rank is not None and not status:
-            status = codes[rank]
-            deadline = time.monotonic() + (60 if status - 128 in SIGNALS else 10)
-            if status < 0:
-                status, name = 128 - status, signal.Signals(-status).name
-                if not received:
-                    print_error(f"rank {first_rank + rank} was killed by {name}; ending the others")
-            forward_signal(children, signal.SIGTERM)
-    return 128 + received[0] if received else status
+        if time.monotonic() > deadline:
+            received.append(signal.SIGKILL)
+        while received:
+            signum = received.pop(0)
+            status = status or 128 + signum
+            for child in children:
+                child.send_signal(signum)
+        for rank, child in enumerate(children, first_rank):
+            code = child.poll()
+            if code and deadline == math.inf:
+                if code < 0 and not status:
+                    name = signal.Signals(-code).name
+                    print_error(f"rank {rank} was killed by {name}; ending the others")
+                status = status or (code if code > 0 else 128 - code)
+                deadline = time.monotonic() + (60 if code - 128 in SIGNALS else 10)
+                received.append(signal.SIGTERM)
+    return status
 
 def launch(flags, backend):
     """Starts one process per card of this node and returns their exit status."""
-    processes, children, received = len(flags.device_list), [], []
-    argv = flags.argv
+    argv, processes = flags.argv, len(flags.device_list)
+    children, received = [], []
     install_handler(lambda signum, frame: received.append(signum))
-    environment = dict(os.environ)
-    if backend.name == "cpu":
-        environment.setdefault("OMP_NUM_THREADS", str(cores_per_process(processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores_per_process(processes)))
+    end = argv.index("--") if "--" in argv else len(argv)  # what follows are no flags
     with tempfile.TemporaryDirectory(prefix="mnasnet-") as folder:
-        url = flags.dist_url
-        if flags.nodes == 1 and url == "env://" and "MASTER_ADDR" not in os.environ:
-            url = f"file://{folder}/rendezvous"  # one node needs no port
-        end = argv.index("--") if "--" in argv else len(argv)  # what follows are no flags
-        added = ["--dist-url", url, "--device", backend.name,
-                 "--device-list", ",".join(map(str, flags.device_list)), "--local_rank"]
-        end_together = functools.partial(die_with_parent, os.getpid(), signal.SIGTERM)
-        try:
-            for local_rank in range(0 if received else processes):
-                children.append(subprocess.Popen(
-                    [sys.executable, os.path.abspath(__file__), *argv[:end], *added,
-                     str(local_rank), *argv[end:]], env=environment,
-                    start_new_session=True, preexec_fn=end_together))
-            return wait_children(children, flags.node_rank * processes, received)
-        finally:
-            for child in children:  # with its loaders, which are in its process group
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+        if flags.nodes == 1 and flags.dist_url == "env://" and "MASTER_ADDR" not in os.environ:
+            flags.dist_url = f"file://{folder}/rendezvous"  # one node needs no port
+        command = [sys.executable, __file__, *argv[:end], "--dist-url", flags.dist_url, "--device",
+                   backend.name, "--device-list", ",".join(map(str, flags.device_list))]
+        for local_rank in range(processes):
+            children.append(subprocess.Popen(
+                [*command, "--local_rank", str(local_rank), *argv[end:]], start_new_session=True,
+                preexec_fn=functools.partial(die_with_parent, os.getpid(), signal.SIGTERM)))
+        return wait_children(children, flags.node_rank * processes, received)
 
 
 # --- 4. Data --------------------------------------------------------------------------------------
@@ -1876,8 +1821,7 @@ def main_worker(flags, backend, notes):
     group = ProcessGroup(flags, runtime)
     status = 0
     try:
-        with group.name_silent_ranks():
-            run_training(flags, runtime, group, notes)
+        run_training(flags, runtime, group, notes)
         status = 128 + group.signal if group.signal else 0  # one that came too late to stop it
     except Stopped as stopped:
         signum = stopped.args[0]
@@ -1890,7 +1834,7 @@ def main_worker(flags, backend, notes):
         status = 1
         end_loaders()  # torch waits for one that hangs
         sys.unraisablehook = lambda unraisable: None  # and complains of one that is half made
-        text = str(error) if isinstance(error, UserError) else machine_error(error)
+        text = str(error) if isinstance(error, UserError) else group.describe(error)
         if text:
             group.report(text)
         else:

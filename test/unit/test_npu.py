@@ -100,7 +100,7 @@ def test_one_card_trains_resumes_and_evaluates(npu, images, tmp_path, level):
     arguments += ["--lr", 0.001, "--epochs", 2, "--seed", 3, "--npu", 5]
     (operators, card, options), text = drive(ONE_CARD, arguments, tmp_path, npu)
     assert card == 5 and "npu:5" in text
-    assert options["jitCompile"] == "disable" and options["ACL_OP_COMPILER_CACHE_MODE"] == "enable"
+    assert options["ACL_OP_COMPILER_CACHE_MODE"] == "enable"
     trained, resumed, evaluated = operators
     assert trained > 4 * OPERATORS_PER_STEP and resumed - trained > 2 * OPERATORS_PER_STEP
     assert evaluated - resumed > OPERATORS_PER_STEP / 4
