@@ -25,6 +25,7 @@ import signal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports is no traceback
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked by launch until here
 
 import argparse
 import atexit
@@ -294,7 +295,8 @@ def select_cards(flags, backend):
     count, _ = device_count(backend)
     cards = flags.device_list or (list(range(count)) if flags.npu is None else [flags.npu])
     if max(cards) >= count and backend.name != "cpu":
-        raise UserError(f"card {max(cards)} is not available: found {count} (--device-list, --npu)")
+        raise UserError(f"card {max(cards)} is not available: this machine has {count}, numbered "
+                        "from 0; give others with --device-list or --npu")
     return cards
 
 def read_variable(name, low, high, default=None):
@@ -318,7 +320,8 @@ def resolve_rank(flags):
     elif flags.local_rank is None and cards < 2:
         return flags.node_rank, flags.nodes, 0, 1
     else:
-        raise UserError("2 cards or --local_rank needs --multiprocessing-distributed, or torchrun")
+        raise UserError("several cards, or --local_rank, need --multiprocessing-distributed, or "
+                        "torchrun or srun to start main.py")
     size = read_variable(names[1], 1, 2 ** 20)
     rank = read_variable(names[0], 0, size - 1)
     local_size = read_variable("LOCAL_WORLD_SIZE", 1, size, default=size // nodes)
@@ -529,6 +532,12 @@ def launch(flags, backend):
     install_handler(lambda signum, frame: received.append(signum))
     os.environ.setdefault("OMP_NUM_THREADS", str(cores_per_process(processes)))
     end = argv.index("--") if "--" in argv else len(argv)  # what follows are no flags
+    parent = os.getpid()
+
+    def prepare_child():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until main.py's first lines
+        die_with_parent(parent, signal.SIGTERM)
+
     with tempfile.TemporaryDirectory(prefix="mnasnet-") as folder:
         if flags.nodes == 1 and flags.dist_url == "env://" and "MASTER_ADDR" not in os.environ:
             flags.dist_url = f"file://{folder}/rendezvous"  # one node needs no port
@@ -537,7 +546,7 @@ def launch(flags, backend):
         for local_rank in range(processes):
             children.append(subprocess.Popen(
                 [*command, "--local_rank", str(local_rank), *argv[end:]], start_new_session=True,
-                preexec_fn=functools.partial(die_with_parent, os.getpid(), signal.SIGTERM)))
+                preexec_fn=prepare_child))
         return wait_children(children, flags.node_rank * processes, received)
 
 
