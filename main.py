@@ -317,11 +317,14 @@ def resolve_rank(flags):
     elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env and flags.world_size == -1:
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
         nodes = read_variable("SLURM_NNODES", 1, 2 ** 20, default=1)
-    elif flags.local_rank is None and cards < 2:
+    elif cards > 1:
+        raise UserError(f"--device-list names {cards} cards for one process: add "
+                        "--multiprocessing-distributed")
+    elif flags.local_rank is None:
         return flags.node_rank, flags.nodes, 0, 1
     else:
-        raise UserError("several cards, or --local_rank, need --multiprocessing-distributed, or "
-                        "torchrun or srun to start main.py")
+        raise UserError("--local_rank needs --multiprocessing-distributed and --device-list, or "
+                        "RANK and WORLD_SIZE in the environment, which torchrun sets")
     size = read_variable(names[1], 1, 2 ** 20)
     rank = read_variable(names[0], 0, size - 1)
     local_size = read_variable("LOCAL_WORLD_SIZE", 1, size, default=size // nodes)
