@@ -440,13 +440,15 @@ class ProcessGroup:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         install_handler(self.receive_signal)
         threading.Thread(target=self.end_in_time, args=(reader, checkpoint), daemon=True).start()
+        after = signal.SIG_IGN  # the launcher's second signal must not cut the last words
         try:
             yield
+            after = signal.SIG_DFL
         finally:
             self.ended.set()
             signal.set_wakeup_fd(-1)
             os.close(writer)
-            install_handler(signal.SIG_DFL)
+            install_handler(after)
 
     def receive_signal(self, signum, frame):
         self.signal = signum

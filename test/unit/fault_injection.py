@@ -251,7 +251,8 @@ def inject(flags, folder, processes):
     temporary.mkdir()
     make_images(folder / "data")
     ranks = several(processes) if processes > 1 else []
-    line = main_command(folder / "data", "--epochs", 10000, "--workers", 2, *ranks)
+    # At rate 0, so that so few images can't diverge.
+    line = main_command(folder / "data", "--epochs", 10000, "--workers", 2, "--lr", 0, *ranks)
     outcome, shared_memory, begin = Outcome(), set(os.listdir("/dev/shm")), time.monotonic()
     os.environ["TMPDIR"] = str(temporary)  # of the runs alone
     first = start_logged(line, runs)  # shows how long a start takes

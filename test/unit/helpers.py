@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -247,3 +248,13 @@ def parent(pid):
         return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     except OSError:
         return 0
+
+
+def wait_for(get, seconds=60):
+    """The first true value of ``get()``, which may take so long on a busy machine."""
+    limit = time.monotonic() + seconds
+    value = get()
+    while not value and time.monotonic() < limit:
+        time.sleep(0.1)
+        value = get()
+    return value

@@ -13,7 +13,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 import zlib
 
 import numpy as np
@@ -25,17 +24,7 @@ import main
 from helpers import (ENDLESS, ROOT, SMALL, TINY, claim_size, counts, differences, finish,
                      folders_differ, free_port, main_command, make_images, needs_bf16, parent,
                      processes_of, read_checkpoint, read_until, run_main, several, start,
-                     start_hanging, start_main, the_error, torchrun)
-
-
-def wait_for(get, seconds=60):
-    """The first true value of ``get()``, which may take so long on a busy machine."""
-    limit = time.monotonic() + seconds
-    value = get()
-    while not value and time.monotonic() < limit:
-        time.sleep(0.1)
-        value = get()
-    return value
+                     start_hanging, start_main, the_error, torchrun, wait_for)
 
 
 def rank_of(run, folder, rank):

@@ -8,7 +8,7 @@ import pytest
 
 import main
 from helpers import (SMALL, command_line, finish, free_port, parse, processes_of, read_until,
-                     several, start, start_main, the_error, torchrun)
+                     several, start, start_main, the_error, torchrun, wait_for)
 
 FOUR = several(4)
 FIVE_OF_8 = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -191,5 +191,5 @@ def test_processes_of_one_node_listen_to_no_network_and_end_together(images, tmp
     output = "".join(lines) + run.communicate(timeout=120)[0]
     assert run.returncode == 143 and "SIGTERM: stopped" in output, output
     assert len(ranks) >= 2 and all(address in LOOPBACK for address in addresses), addresses
-    assert processes_of(tmp_path) == []
+    assert wait_for(lambda: not processes_of(tmp_path))
     assert (tmp_path / "checkpoint.pth.tar").exists()
