@@ -57,7 +57,8 @@ def test_counts_are_those_of_the_usual_pipeline_for_any_batch_size(five_hundred,
 
 
 @pytest.mark.parametrize("processes,batch", [
-    (2, 34), (3, 100), pytest.param(8, 24, marks=pytest.mark.slow)])
+    (2, 34), pytest.param(3, 100, marks=pytest.mark.slow),
+    pytest.param(8, 24, marks=pytest.mark.slow)])
 def test_counts_do_not_depend_on_the_processes(five_hundred, run_here, processes, batch):
     folder = five_hundred[0]
     arguments = [folder, "-e", "--resume", folder / "model.pth"]

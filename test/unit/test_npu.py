@@ -63,6 +63,7 @@ def test_a_torch_npu_that_exits_is_one_line(no_cann, tmp_path):
     assert "--device npu is not available: " in the_error(result)
 
 
+@pytest.mark.slow
 def test_the_cpu_works_without_cann(no_cann, tmp_path):
     variables = dict(os.environ, **no_cann)
     variables.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)

@@ -131,11 +131,13 @@ def test_processes_started_from_outside(images, tmp_path):
     assert f"2 processes, rendezvous at {address}, collectives over gloo" in outputs[0]
 
 
+@pytest.mark.slow
 def test_torchrun(images, tmp_path):
     output, = finish([start(torchrun(2) + SMALL + [str(images), "--epochs", "1"], tmp_path)])
     assert output.count("Result:") == 1, output
 
 
+@pytest.mark.slow
 def test_two_nodes_of_one_process_are_one_run(images, tmp_path):
     address = f"tcp://127.0.0.1:{free_port()}"
     outputs = finish([start_main(
