@@ -2,7 +2,8 @@
 
 DATA holds train/ and val/ with one folder of images per class, as for main.py. The first half of
 the classes, with up to --pretrain-images images each, gives the weights. The small set is the other
-half, with --images training images each. Each row is trained once a seed.
+half, with --images training images each. Up to --val-images of a class are for evaluation. Each row
+is trained once a seed.
 """
 
 import pathlib
@@ -29,7 +30,7 @@ def make_sets(flags, folder):
     for name, members, count in (("pretrain", classes[:half], flags.pretrain_images),
                                  ("small", classes[half:], flags.images)):
         link_images(data / "train", folder / name / "train", members, count)
-        link_images(data / "val", folder / name / "val", members, None)
+        link_images(data / "val", folder / name / "val", members, flags.val_images)
         print(f"{name}: {', '.join(members)}; up to {count} training images each", flush=True)
 
 
@@ -51,6 +52,7 @@ def parse_args():
     add = parser.add_argument
     add("--images", type=int, default=50, metavar="N", help="training images of a class")
     add("--pretrain-images", type=int, default=2000, metavar="N", help="the same of the other half")
+    add("--val-images", type=int, default=200, metavar="N", help="validation images of a class")
     add("--epochs", type=int, default=20, metavar="N", help="of each row")
     add("--pretrain-epochs", type=int, default=12, metavar="N", help="of the other half")
     add("--lr", type=float, default=0.03, help="peak learning rate of all runs")

@@ -29,3 +29,13 @@ def test_a_benchmark_ends_with_its_table(script, arguments, rows):
     table = done.stdout[done.stdout.rindex("lowest to highest"):]
     for row in rows:
         assert re.search(rf"^{re.escape(row)}\b.* \d+\.\d ", table, re.M), done.stdout
+
+
+@pytest.mark.slow
+def test_fine_tuning_ends_with_its_table(images):
+    command = [sys.executable, str(ROOT / "test" / "bench" / "bench_finetune.py"), str(images),
+               "--epochs", "1", "--pretrain-epochs", "1", "--lr", "0.001"] + SMALL
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,
+                          universal_newlines=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^(?:from scratch|fine-tuned.*): mean \d+\.\d$", done.stdout, re.M)) == 3
