@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 import torch
 
 from helpers import (ROOT, SMALL, TINY, command_line, folders_differ, free_port, main as trainer,
-                     main_command, make_images, parent, processes_of, receive_hangups, several)
+                     main_command, make_images, parent, processes_of, receive_signals, several)
 
 
 @dataclass
@@ -76,7 +76,7 @@ def start_logged(line, folder):
     with (folder / "log.txt").open("a") as log:
         return subprocess.Popen(line, cwd=str(folder), stdout=log, stderr=subprocess.STDOUT,
                                 stdin=subprocess.DEVNULL, start_new_session=True,
-                                preexec_fn=receive_hangups)
+                                preexec_fn=receive_signals)
 
 
 def read_log(folder):

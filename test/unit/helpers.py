@@ -72,9 +72,10 @@ def run_main(*arguments, cwd, small=True, timeout=300, **environment):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout)
 
 
-def receive_hangups():
-    """In a new process: undoes what nohup has done to the tests."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def receive_signals():
+    """In a new process: undoes what nohup, or the background of a shell, has done to the tests."""
+    for signum in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def start(command, cwd, **environment):
@@ -82,7 +83,7 @@ def start(command, cwd, **environment):
     return subprocess.Popen(
         command, cwd=str(cwd), env=dict(os.environ, **environment), stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,
-        preexec_fn=receive_hangups)
+        preexec_fn=receive_signals)
 
 
 def start_main(*arguments, cwd, small=True, python=sys.executable, **environment):
