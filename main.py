@@ -1847,7 +1847,9 @@ def main_worker(flags, backend, notes):
     except Exception as error:
         status = 1
         end_loaders()  # torch waits for one that hangs
-        sys.unraisablehook = lambda unraisable: None  # and complains of one that is half made
+        # An iterator that is half made complains when it is deleted; Python 3.7 lacks the hook.
+        sys.unraisablehook = lambda unraisable: None
+        torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown = True
         text = str(error) if isinstance(error, UserError) else group.describe(error)
         if text:
             group.report(text)
