@@ -190,18 +190,9 @@ def signal_start(line, folder, rng, length):
 
 
 def wait_until_python_has_started(run):
-    """Waits for main.py's first line, which takes SIGINT from Python: before it, an interrupt is
-    Python's own traceback."""
-    for caught in (True, False):
-        while run.poll() is None and catches_interrupt(run.pid) != caught:
-            time.sleep(0.001)
-
-
-def catches_interrupt(pid):
-    """Whether a process has a handler for SIGINT."""
-    with open(f"/proc/{pid}/status") as file:
-        mask = re.search(r"^SigCgt:\s*(\w+)", file.read(), re.M)
-    return bool(int(mask.group(1), 16) >> (signal.SIGINT - 1) & 1)
+    """Waits until main.py imports numpy: before its first line, Ctrl-C is Python's own traceback."""
+    while run.poll() is None and "numpy" not in pathlib.Path(f"/proc/{run.pid}/maps").read_text():
+        time.sleep(0.001)
 
 
 def stop_rank(line, folder, rng, length, processes):
