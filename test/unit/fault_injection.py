@@ -190,7 +190,7 @@ def signal_start(line, folder, rng, length):
 
 
 def wait_until_python_has_started(run):
-    """Waits until main.py imports numpy: before its first line, Ctrl-C is Python's own traceback."""
+    """Waits until main.py imports numpy: before its first line Ctrl-C is Python's own traceback."""
     while run.poll() is None and "numpy" not in pathlib.Path(f"/proc/{run.pid}/maps").read_text():
         time.sleep(0.001)
 
