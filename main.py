@@ -440,15 +440,13 @@ class ProcessGroup:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         install_handler(self.receive_signal)
         threading.Thread(target=self.end_in_time, args=(reader, checkpoint), daemon=True).start()
-        after = signal.SIG_IGN  # the launcher's second signal must not cut the last words
         try:
             yield
-            after = signal.SIG_DFL
         finally:
             self.ended.set()
             signal.set_wakeup_fd(-1)
             os.close(writer)
-            install_handler(after)
+            install_handler(signal.SIG_DFL)
 
     def receive_signal(self, signum, frame):
         self.signal = signum
@@ -526,8 +524,10 @@ def wait_children(children, first_rank, received):
                     name = signal.Signals(-code).name
                     print_error(f"rank {rank} was killed by {name}; ending the others")
                 status = status or (code if code > 0 else 128 - code)
-                deadline = time.monotonic() + (60 if code - 128 in SIGNALS else 10)
-                received.append(signal.SIGTERM)
+                saved = code - 128 in SIGNALS  # so have all: a signal would cut their last words
+                deadline = time.monotonic() + (60 if saved else 10)
+                if not saved:
+                    received.append(signal.SIGTERM)
     return status
 
 def launch(flags, backend):
