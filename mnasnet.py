@@ -1,9 +1,10 @@
-"""MNASNet-B1: Tan et al., "MnasNet: Platform-Aware Neural Architecture Search for Mobile", 2018,
-arXiv 1807.11626.
+"""MnasNet-B1, -A1 and -small: Tan et al., "MnasNet: Platform-Aware Neural Architecture Search for
+Mobile", 2018, arXiv 1807.11626.
 
-The modules are named and initialised as torchvision names and initialises them, so that weights
-move between the two freely, and the same seed gives the same network. But classifiers of all sizes
-get the range of that for 1,000 classes: torchvision's gives 10 classes a first loss of 14.
+The modules of B1 are named and initialised as torchvision names and initialises them, so that
+weights move between the two freely, and the same seed gives the same network. But classifiers of
+all sizes get the range of that for 1,000 classes: torchvision's gives 10 classes a first loss of
+14.
 
 The end of the file is about speed on a CPU: ``optimize_for_cpu`` and ``keep_freed_memory`` for
 training, ``fold_batchnorm`` for evaluation. None changes names, parameters or results.
@@ -21,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["MNASNet", "mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3", "WEIGHTS",
-           "rename_from_timm", "optimize_for_cpu", "keep_freed_memory", "fold_batchnorm"]
+ARCHITECTURES = ["mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3", "mnasnet_a1_0_5",
+                 "mnasnet_a1_0_75", "mnasnet_a1", "mnasnet_a1_1_4", "mnasnet_small"]
+__all__ = ["MNASNet", *ARCHITECTURES, "ARCHITECTURES", "WEIGHTS", "rename_from_timm",
+           "optimize_for_cpu", "keep_freed_memory", "fold_batchnorm"]
 
 TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
@@ -34,15 +37,34 @@ WEIGHTS = {
     "mnasnet1_3": "https://download.pytorch.org/models/mnasnet1_3-a4c69d6f.pth",
 }
 
-_STEM = (32, 16)
-_STACKS = (  # kernel, stride, expansion, repeats, output channels: figure 7 of the paper
-    (3, 2, 3, 3, 24),
-    (5, 2, 3, 3, 40),
-    (5, 2, 6, 3, 80),
-    (3, 1, 6, 2, 96),
-    (5, 2, 6, 4, 192),
-    (3, 1, 6, 1, 320),
-)
+# Of each network, the channels of the stem's two convolutions, and its stacks of blocks: kernel,
+# stride, expansion, repeats, output channels, and whether they have squeeze-and-excitation.
+_NETWORKS = {
+    "b1": ((32, 16), (  # the paper's first version, figure 7
+        (3, 2, 3, 3, 24, False),
+        (5, 2, 3, 3, 40, False),
+        (5, 2, 6, 3, 80, False),
+        (3, 1, 6, 2, 96, False),
+        (5, 2, 6, 4, 192, False),
+        (3, 1, 6, 1, 320, False),
+    )),
+    "a1": ((32, 16), (  # its third version, figure 7
+        (3, 2, 6, 2, 24, False),
+        (5, 2, 3, 3, 40, True),
+        (3, 2, 6, 4, 80, False),
+        (3, 1, 6, 2, 112, True),
+        (5, 2, 6, 3, 160, True),
+        (3, 1, 6, 1, 320, False),
+    )),
+    "small": ((8, 8), (  # mnasnet_models.py of the authors
+        (3, 2, 3, 1, 16, False),
+        (3, 2, 6, 2, 16, False),
+        (5, 2, 6, 4, 32, True),
+        (3, 1, 6, 3, 32, True),
+        (5, 2, 6, 3, 88, True),
+        (3, 1, 6, 1, 144, False),
+    )),
+}
 _FEATURES = 1280  # channels of the head; alpha does not scale them
 
 def _scale_channels(channels, alpha):
@@ -51,42 +73,55 @@ def _scale_channels(channels, alpha):
     nearest = max(8, int(scaled + 4) // 8 * 8)
     return nearest if nearest >= 0.9 * scaled else nearest + 8
 
-def _conv_bn(in_channels, out_channels, kernel, momentum, stride=1, groups=1, relu=True):
+def _conv_bn(in_channels, out_channels, kernel, stride=1, groups=1, relu=True):
     """Returns the modules of a convolution without bias, its BatchNorm and, by default, a ReLU."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2,
                      groups=groups, bias=False)
-    modules = [conv, nn.BatchNorm2d(out_channels, momentum=momentum)]
+    modules = [conv, nn.BatchNorm2d(out_channels)]
     return modules + [nn.ReLU(inplace=True)] if relu else modules
+
+class _SqueezeExcitation(nn.Module):
+    """Scales each channel by a gate that depends on the means of all (Hu et al., 2017, arXiv
+    1709.01507)."""
+
+    def __init__(self, channels, squeezed):
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, squeezed, 1)
+        self.expand = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x):
+        means = x.mean([2, 3], keepdim=True)
+        return x * torch.sigmoid(self.expand(F.relu(self.reduce(means))))
 
 class _InvertedResidual(nn.Module):
     """1x1 convolution to ``expansion`` times the channels, depthwise convolution, 1x1 projection.
 
-    The input is added to the output where their shapes are the same.
+    The input is added to the output where their shapes are the same. An expansion of 1 has no
+    first convolution. Squeeze-and-excitation goes to a quarter of the input's channels.
     """
 
-    def __init__(self, in_channels, out_channels, kernel, stride, expansion, momentum):
+    def __init__(self, in_channels, out_channels, kernel, stride, expansion, squeeze=False):
         super().__init__()
         hidden = in_channels * expansion
         self.residual = stride == 1 and in_channels == out_channels
-        self.layers = nn.Sequential(
-            *_conv_bn(in_channels, hidden, 1, momentum),
-            *_conv_bn(hidden, hidden, kernel, momentum, stride, groups=hidden),
-            *_conv_bn(hidden, out_channels, 1, momentum, relu=False)
-        )
+        layers = _conv_bn(in_channels, hidden, 1) if expansion > 1 else []
+        layers += _conv_bn(hidden, hidden, kernel, stride, groups=hidden)
+        if squeeze:  # beside the ReLU, so that the numbers of the layers are those of B1
+            layers[-1] = nn.Sequential(layers[-1], _SqueezeExcitation(hidden, in_channels // 4))
+        self.layers = nn.Sequential(*layers, *_conv_bn(hidden, out_channels, 1, relu=False))
 
     def forward(self, x):
         return self.layers(x) + x if self.residual else self.layers(x)
 
-def _stack(in_channels, out_channels, kernel, stride, expansion, repeats, momentum):
+def _stack(in_channels, out_channels, kernel, stride, expansion, repeats, squeeze):
     """Returns ``repeats`` blocks; the first has the stride and changes the number of channels."""
-    blocks = [_InvertedResidual(in_channels, out_channels, kernel, stride, expansion, momentum)]
+    blocks = [_InvertedResidual(in_channels, out_channels, kernel, stride, expansion, squeeze)]
     for _ in range(1, repeats):
-        blocks.append(
-            _InvertedResidual(out_channels, out_channels, kernel, 1, expansion, momentum))
+        blocks.append(_InvertedResidual(out_channels, out_channels, kernel, 1, expansion, squeeze))
     return nn.Sequential(*blocks)
 
 class MNASNet(nn.Module):
-    """MNASNet-B1.
+    """MnasNet.
 
     Args:
         alpha: width multiplier; scales every number of channels but the head's.
@@ -95,6 +130,8 @@ class MNASNet(nn.Module):
         bn_momentum: weight of a new batch in BatchNorm's running statistics. (With torchvision's
             0.0003 they lag for about ten epochs at batch size 4096; the published Ascend results
             were trained with 0.1.)
+        bn_eps: what BatchNorm adds to the variance.
+        variant: "b1"; "a1", with squeeze-and-excitation; or "small".
 
     ``forward`` takes float images [N, 3, H, W] and returns logits [N, num_classes].
 
@@ -107,23 +144,28 @@ class MNASNet(nn.Module):
 
     _version = 2
 
-    def __init__(self, alpha, num_classes=1000, dropout=0.2, bn_momentum=0.1):
+    def __init__(self, alpha, num_classes=1000, dropout=0.2, bn_momentum=0.1, bn_eps=1e-5,
+                 variant="b1"):
         super().__init__()
         if not alpha > 0:
             raise ValueError(f"alpha is the width multiplier, a number above 0, not {alpha!r}")
         self.alpha = alpha
         self.num_classes = num_classes
         self.bn_momentum = bn_momentum
-        stem, channels = (_scale_channels(c, alpha) for c in _STEM)
+        self.bn_eps = bn_eps
+        self.variant = variant
+        stem, stacks = _NETWORKS[variant]
+        stem, channels = (_scale_channels(c, alpha) for c in stem)
         layers = self._stem(stem, channels)
-        for kernel, stride, expansion, repeats, depth in _STACKS:
+        for kernel, stride, expansion, repeats, depth, squeeze in stacks:
             out_channels = _scale_channels(depth, alpha)
             layers.append(
-                _stack(channels, out_channels, kernel, stride, expansion, repeats, bn_momentum))
+                _stack(channels, out_channels, kernel, stride, expansion, repeats, squeeze))
             channels = out_channels
-        layers += _conv_bn(channels, _FEATURES, 1, bn_momentum)
+        layers += _conv_bn(channels, _FEATURES, 1)
         self.layers = nn.Sequential(*layers)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(_FEATURES, num_classes))
+        self._set_batchnorm()
         self.apply(_initialize)
 
     def forward(self, x):
@@ -131,28 +173,38 @@ class MNASNet(nn.Module):
 
     def _stem(self, channels, out_channels):
         """Returns modules 0 to 7: a 3x3 convolution of stride 2, then a depthwise separable one."""
-        momentum = self.bn_momentum
-        return (_conv_bn(3, channels, 3, momentum, stride=2)
-                + _conv_bn(channels, channels, 3, momentum, groups=channels)
-                + _conv_bn(channels, out_channels, 1, momentum, relu=False))
+        layers = _conv_bn(3, channels, 3, stride=2)
+        if self.variant == "small":  # whose separable convolution is a block
+            block = _InvertedResidual(channels, out_channels, 3, stride=1, expansion=1)
+            return layers + [block] + [nn.Identity() for _ in range(4)]
+        return (layers + _conv_bn(channels, channels, 3, groups=channels)
+                + _conv_bn(channels, out_channels, 1, relu=False))
+
+    def _set_batchnorm(self):
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = self.bn_momentum
+                module.eps = self.bn_eps
 
     def _rebuild_version_1_stem(self):
-        stem, channels = _STEM
-        kernel, stride, expansion, repeats, depth = _STACKS[0]
-        first_stack = _stack(channels, _scale_channels(depth, self.alpha), kernel, stride,
-                             expansion, repeats, self.bn_momentum)
+        stem, stacks = _NETWORKS["b1"]
+        kernel, stride, expansion, repeats, depth, squeeze = stacks[0]
+        first_stack = _stack(stem[1], _scale_channels(depth, self.alpha), kernel, stride,
+                             expansion, repeats, squeeze)
         like = self.classifier[1].weight
-        for index, module in enumerate(self._stem(stem, channels) + [first_stack]):
+        for index, module in enumerate(self._stem(*stem) + [first_stack]):
             module.to(device=like.device, dtype=like.dtype).train(self.training)
             self.layers[index] = module
+        self._set_batchnorm()
         self._version = 1
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         version = local_metadata.get("version")
         stem = state_dict.get(prefix + "layers.0.weight")
         # A file that was rewritten as a plain dictionary has lost its version: the shape tells.
-        unscaled = stem is not None and stem.shape[0] == _STEM[0]
-        if version in (None, 1) and unscaled and _scale_channels(_STEM[0], self.alpha) != _STEM[0]:
+        width = _NETWORKS["b1"][0][0]
+        unscaled = self.variant == "b1" and stem is not None and stem.shape[0] == width
+        if version in (None, 1) and unscaled and _scale_channels(width, self.alpha) != width:
             if self._version == 2:
                 warnings.warn("a version 1 state dict: its stem does not scale with alpha, and "
                               "this model takes that stem", UserWarning)
@@ -162,6 +214,8 @@ class MNASNet(nn.Module):
 def _initialize(module):
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if module.bias is not None:  # of squeeze-and-excitation
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
@@ -170,19 +224,25 @@ def _initialize(module):
         nn.init.uniform_(module.weight, -bound, bound)
         nn.init.zeros_(module.bias)
 
-# timm's names of these modules, and of the parts of a block in the stacks.
-_TIMM = {"conv_stem": "layers.0", "bn1": "layers.1", "blocks.0.0.conv_dw": "layers.3",
-         "blocks.0.0.bn1": "layers.4", "blocks.0.0.conv_pw": "layers.6", "conv_head": "layers.14",
-         "blocks.0.0.bn2": "layers.7", "bn2": "layers.15", "classifier": "classifier.1"}
-_TIMM_BLOCK = {"conv_pw": 0, "bn1": 1, "conv_dw": 3, "bn2": 4, "conv_pwl": 6, "bn3": 7}
+# timm's names of these modules, of the parts of the stem, and of those of a block in the stacks.
+_TIMM = {"conv_stem": "layers.0", "bn1": "layers.1", "conv_head": "layers.14", "bn2": "layers.15",
+         "classifier": "classifier.1"}
+_TIMM_STEM = {"conv_dw": 0, "bn1": 1, "conv_pw": 3, "bn2": 4}
+_TIMM_BLOCK = {"conv_pw": "0", "bn1": "1", "conv_dw": "3", "bn2": "4", "conv_pwl": "6", "bn3": "7",
+               "se.conv_reduce": "5.1.reduce", "se.conv_expand": "5.1.expand"}
 
 def rename_from_timm(state_dict):
-    """Returns the tensors of one of timm's ``mnasnet_*`` under the names that they have here."""
+    """Returns the tensors of one of timm's ``mnasnet_*`` or ``semnasnet_*`` under the names that
+    they have here."""
+    small = len(state_dict["conv_stem.weight"]) == _NETWORKS["small"][0][0]
     renamed = {}
     for name, tensor in state_dict.items():
         module, kind = name.rsplit(".", 1)
-        if module not in _TIMM:
-            _, stack, block, part = module.split(".")
+        if module.startswith("blocks.0.0."):
+            number = _TIMM_STEM[module[len("blocks.0.0."):]]
+            module = f"layers.3.layers.{number}" if small else f"layers.{3 + number}"
+        elif module not in _TIMM:
+            _, stack, block, part = module.split(".", 3)
             module = f"layers.{7 + int(stack)}.{block}.layers.{_TIMM_BLOCK[part]}"
         renamed[f"{_TIMM.get(module, module)}.{kind}"] = tensor
     return renamed
@@ -202,6 +262,26 @@ def mnasnet1_0(**kwargs):
 def mnasnet1_3(**kwargs):
     """6.3 M parameters, 0.53 GMACs at 224 px; torchvision's weights reach 76.506 Acc@1."""
     return MNASNet(1.3, **kwargs)
+
+def mnasnet_a1_0_5(**kwargs):
+    """2.1 M parameters, 0.10 GMACs at 224 px."""
+    return MNASNet(0.5, variant="a1", **kwargs)
+
+def mnasnet_a1_0_75(**kwargs):
+    """2.9 M parameters, 0.22 GMACs at 224 px."""
+    return MNASNet(0.75, variant="a1", **kwargs)
+
+def mnasnet_a1(**kwargs):
+    """3.9 M parameters, 0.31 GMACs at 224 px; the paper's reaches 75.2 Acc@1."""
+    return MNASNet(1.0, variant="a1", **kwargs)
+
+def mnasnet_a1_1_4(**kwargs):
+    """6.1 M parameters, 0.59 GMACs at 224 px."""
+    return MNASNet(1.4, variant="a1", **kwargs)
+
+def mnasnet_small(**kwargs):
+    """2.0 M parameters, 0.07 GMACs at 224 px."""
+    return MNASNet(1.0, variant="small", **kwargs)
 
 
 # --- Speed on a CPU -------------------------------------------------------------------------------

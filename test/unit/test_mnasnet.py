@@ -13,6 +13,10 @@ try:
     from torchvision.models import mnasnet as published
 except ImportError:
     published = None
+try:
+    import timm
+except ImportError:
+    timm = None
 needs_published = pytest.mark.skipif(
     published is None, reason="torchvision 0.2.2, that of torch 1.5, has no MNASNet")
 
@@ -24,6 +28,12 @@ SEEDED = {"mnasnet0_5": ("987ea38ccc5b344e", 119699.8979509982),
           "mnasnet0_75": ("0145b2a3e9499071", 180170.34492691344),
           "mnasnet1_0": ("79072ef7458a242e", 243929.7795910451),
           "mnasnet1_3": ("965b9a7f4d14c672", 335361.35278970306)}
+# Of timm 1.0.31's networks: parameters, and multiplications at 224 px.
+FROM_TIMM = {"mnasnet_a1_0_5": ("semnasnet_050", 2082006, 103162992),
+             "mnasnet_a1_0_75": ("semnasnet_075", 2912278, 223448480),
+             "mnasnet_a1": ("semnasnet_100", 3887038, 311579072),
+             "mnasnet_a1_1_4": ("semnasnet_140", 6105992, 586317952),
+             "mnasnet_small": ("mnasnet_small", 2030264, 68339184)}
 VERSION_1 = {0.5: 2220824, 0.75: 3170656, 1.3: 6279432}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -58,6 +68,41 @@ def test_same_as_torchvision(arch):
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(ours(images), theirs(images))
+
+
+def multiplications(model, images):
+    """Returns those of the convolutions and the classifier."""
+    counts = []
+
+    def count_one(module, inputs, output):
+        counts.append(output[0].numel() * module.weight[0].numel())
+
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.register_forward_hook(count_one)
+    with torch.no_grad():
+        model.eval()(images)
+    return sum(counts)
+
+
+@pytest.mark.parametrize("arch", sorted(FROM_TIMM))
+def test_a1_and_small_have_the_published_size(arch):
+    model = getattr(mnasnet, arch)()
+    expected = FROM_TIMM[arch][1:]
+    assert (count(model), multiplications(model, torch.zeros(1, 3, 224, 224))) == expected
+
+
+@pytest.mark.skipif(timm is None, reason="timm is not installed")
+@pytest.mark.parametrize("arch", sorted(FROM_TIMM))
+def test_a1_and_small_compute_what_timm_does(arch):
+    theirs = timm.create_model(FROM_TIMM[arch][0])
+    give_statistics(theirs)
+    ours = getattr(mnasnet, arch)()
+    ours.load_state_dict(mnasnet.rename_from_timm(theirs.state_dict()))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(images), theirs.eval()(images))
+        assert close(mnasnet.fold_batchnorm(ours)(images), ours(images).double(), 1e-4)
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
