@@ -14,8 +14,8 @@ status 0; with 1 after an error, 2 for an invalid command line, and 143, 129, 13
 SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C stopped it. ``--resume auto`` continues from its last checkpoint.
 
 Sections; each uses only those above it. To see how training works, start at 8.
-1. Imports and errors          2. Flags                 3. Devices and processes
-4. Data                        5. Mixed precision       6. Model, optimizer, schedule, loss
+1. Imports and errors          2. Recipes and flags     3. Devices and processes
+4. Data                        5. Mixed precision       6. Model, EMA, optimizer, schedule, loss
 7. Checkpoints and logging     8. Training              9. Entry
 """
 
@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import argparse
 import atexit
 import contextlib
+import copy
 import ctypes
 import datetime
 import fcntl
@@ -37,6 +38,7 @@ import functools
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import mmap
@@ -49,6 +51,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -107,7 +110,23 @@ def install_handler(handler):
             signal.signal(signum, handler)
 
 
-# --- 2. Flags -------------------------------------------------------------------------------------
+# --- 2. Recipes and flags -------------------------------------------------------------------------
+
+# What --recipe sets; flags on the command line win. README.md names their sources and results.
+RECIPES = {
+    "modelzoo": dict(epochs=300, lr=1.4, warmup=5, wd=1e-5),
+    "rmsprop": dict(
+        opt="rmsprop", epochs=350, lr=0.016, lr_base_size=256, warmup=5, lr_warmup_decay=0,
+        schedule="exponential", wd=1e-5, norm_weight_decay=0, bias_weight_decay=0, dropout=0.2,
+        label_smoothing=0.1, bn_momentum=0.01, bn_eps=1e-3, ema=0.9999),
+    # torchvision's EMA of 0.99998 in 32 steps of 1,024 images, adjusted to 600 epochs as it does.
+    "strong": dict(
+        epochs=600, lr=0.5, lr_base_size=1024, warmup=5, lr_warmup_decay=0.01, wd=2e-5,
+        norm_weight_decay=0, label_smoothing=0.1, auto_augment="ta", random_erasing=0.1, mixup=0.2,
+        cutmix=1.0, ema=0.9989, ema_steps=32, train_crop_size=176, val_resize_size=232,
+        val_crop_size=224),
+    "small": dict(epochs=20, lr=0.03, batch_size=32, warmup=1, dropout=0, train_crop_scale=0.6),
+}
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except those that the help text names itself."""
@@ -154,17 +173,24 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("data").add_argument
     add("data", nargs="?", help="folder with train/ and val/, each with one folder per class")
+    add("--recipe", choices=sorted(RECIPES), help="set of defaults for the flags below")
     add("--synthetic", type=count(1), help="train and evaluate on this many generated images")
     add("-j", "--workers", type=count(0), help="loaders per process (default: its share of cores)")
     add("--train-crop-size", type=count(32), default=224, help="side of a training crop, pixels")
     add("--train-crop-scale", type=real(tiny, 1), default=0.08, help="its least area")
     add("--val-crop-size", type=count(32), default=224, help="side of the center crop, pixels")
     add("--val-resize-size", type=count(32), default=256, help="shorter side before the crop")
+    add("--auto-augment", choices=["ra", "ta"], help="RandAugment, or TrivialAugmentWide")
+    add("--color-jitter", type=real(0), default=0.0, help="of brightness, contrast, saturation")
+    add("--random-erasing", type=fraction, default=0.0, help="probability of RandomErasing")
+    add("--mixup", type=real(0), default=0.0, help="alpha of MixUp")
+    add("--cutmix", type=real(0), default=0.0, help="alpha of CutMix; with MixUp in half the steps")
     add("--max-bad", type=count(0), help="unreadable images accepted (default: 0.1%%, at least 10)")
 
     add = parser.add_argument_group("model").add_argument
-    add("-a", "--arch", choices=sorted(mnasnet.WEIGHTS), default="mnasnet1_0", help="network")
+    add("-a", "--arch", choices=mnasnet.ARCHITECTURES, default="mnasnet1_0", help="network")
     add("--bn-momentum", type=real(tiny, 1), default=0.1, help="of BatchNorm")
+    add("--bn-eps", type=real(tiny), default=1e-5, help="epsilon of BatchNorm")
     add("--dropout", type=fraction, default=0.2, help="dropout before the classifier")
     add("--freeze", choices=["none", "features", "bn"], default="none",
         help="train the classifier alone, or keep BatchNorm's running statistics unchanged")
@@ -175,10 +201,22 @@ def parse_args(argv=None):
     add("--epochs", type=count(1), default=90, help="length of the schedule")
     add("--start-epoch", type=count(0), default=0, help="first epoch, for a manual restart")
     add("-b", "--batch-size", type=count(1), default=256, help="total batch size of this node")
+    add("--accumulate", type=count(1), default=1, help="parts of a step, one after the other")
+    add("--opt", choices=["sgd", "rmsprop"], default="sgd", help="Nesterov's, or TensorFlow's")
     add("--lr", "--learning-rate", type=real(0), default=0.1, help="peak learning rate")
-    add("--warmup", type=count(0), default=0, help="epochs of linear warm-up from 0.1 x lr")
-    add("--momentum", type=fraction, default=0.9, help="Nesterov momentum")
+    add("--lr-base-size", type=count(1), help="scale --lr by images per step over this number")
+    add("--warmup", type=count(0), default=0, help="epochs of linear warm-up")
+    add("--lr-warmup-decay", type=fraction, default=0.1, help="it starts at this fraction of lr")
+    add("--schedule", choices=["cosine", "exponential"], default="cosine", help="of the rate")
+    add("--decay-epochs", type=real(tiny), default=2.4, help="of the exponential schedule's steps")
+    add("--decay-rate", type=fraction, default=0.97, help="factor of each of them")
+    add("--momentum", type=fraction, default=0.9, help="momentum")
     add("--wd", "--weight-decay", type=real(0), default=1e-4, help="weight decay")
+    add("--norm-weight-decay", type=real(0), help="that of BatchNorm (default: --wd)")
+    add("--bias-weight-decay", type=real(0), help="that of biases (default: that of their layer)")
+    add("--clip-grad", type=real(tiny), help="largest norm of the gradient")
+    add("--ema", type=fraction, help="decay of an exponential moving average of the weights")
+    add("--ema-steps", type=count(1), default=1, help="steps between its updates")
     add("--label-smoothing", "--ls", type=fraction, default=0.1, help="label smoothing")
     add("--seed", type=count(0, 2 ** 31), help="makes the run deterministic (default: a new one)")
 
@@ -212,8 +250,13 @@ def parse_args(argv=None):
     add("--tensorboard", help="folder to write TensorBoard events to")
     add("--run-prof", action="store_true", help="profile a few steps, and end")
 
+    argv = list(sys.argv[1:] if argv is None else argv)
     flags = parser.parse_args(argv)
-    flags.argv = list(sys.argv[1:] if argv is None else argv)
+    if flags.recipe:
+        recipe = RECIPES[flags.recipe].items()
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in recipe]
+        flags = parser.parse_args(words + argv)  # of a flag that comes twice, the last
+    flags.argv = argv
     flags.nodes, flags.node_rank = max(1, flags.world_size), max(0, flags.rank)
     if flags.data is None and not flags.synthetic:
         parser.error("no data folder: give one that holds train/ and val/, or --synthetic N")
@@ -732,6 +775,30 @@ def resize_center_crop(width, height, resize, size):
     corner = tuple(round((side - size) / 2) for side in resized)
     return Crop((0, 0, width, height), resized, corner)
 
+def build_augmentation(flags):
+    """Returns torchvision's transforms of a crop, uint8 [S, S, 3], in the order of its references,
+    or None for none. Raises UserError where this torchvision lacks one."""
+    if not (flags.color_jitter or flags.auto_augment or flags.random_erasing):
+        return None
+    from torchvision import __version__, transforms
+    steps = [Image.fromarray]
+    try:
+        if flags.color_jitter:
+            steps.append(transforms.ColorJitter(*[flags.color_jitter] * 3))
+        if flags.auto_augment:
+            name = {"ra": "RandAugment", "ta": "TrivialAugmentWide"}[flags.auto_augment]
+            policy = getattr(transforms, name)
+            steps.append(policy(interpolation=transforms.InterpolationMode.BILINEAR))
+        steps.append(np.array)
+        if flags.random_erasing:  # with the mean colour, as after the normalization
+            mean = [255 * m for m in MEAN]
+            erase = transforms.RandomErasing(flags.random_erasing, value=mean)
+            steps.append(lambda crop: erase(torch.from_numpy(crop).permute(2, 0, 1)))
+            steps.append(lambda crop: crop.permute(1, 2, 0).numpy())
+    except AttributeError as error:
+        raise UserError(f"{error}: torchvision {__version__} lacks it, 0.12 and later have all")
+    return transforms.Compose(steps)
+
 class ImageBatches(torch.utils.data.Dataset):
     """Whole batches: ``self[number, epoch, indices]`` puts images into a slot of ``ring``, uint8
     [slots, batch size, size, size, 3], which the loader processes share. Returns the slot, labels,
@@ -743,6 +810,7 @@ class ImageBatches(torch.utils.data.Dataset):
         self.images, self.seed = images, seed
         self.resize, self.scale = flags.val_resize_size, flags.train_crop_scale
         self.size = flags.val_crop_size if seed is None else flags.train_crop_size
+        self.augment = None if seed is None else build_augmentation(flags)
         shape = (slots, batch_size, self.size, self.size, 3)
         memory = mmap.mmap(-1, int(np.prod(shape)))  # shared, and without a name
         self.ring = np.frombuffer(memory, np.uint8).reshape(shape)
@@ -772,7 +840,13 @@ class ImageBatches(torch.utils.data.Dataset):
         rng = random.Random(((self.seed << 20) + epoch << 40) + int(index))
         get_crop = functools.partial(random_resized_crop, size=self.size, scale=self.scale, rng=rng)
         image = self.images.read(index, get_crop, self.size)
-        return image[:, ::-1] if rng.random() < 0.5 else image
+        image = image[:, ::-1] if rng.random() < 0.5 else image
+        if self.augment:
+            draw = rng.getrandbits(32)
+            random.seed(draw)  # that of torchvision 0.2
+            torch.default_generator.manual_seed(draw)
+            image = self.augment(np.ascontiguousarray(image))
+        return image
 
     def load_substitute(self, epoch, index):
         """Returns the next image of the same class that can be read."""
@@ -877,12 +951,38 @@ def prefetch(loader, runtime, dtype):
     if ready:
         yield ready
 
+def mix_batch(images, targets, num_classes, flags, rng):
+    """Returns images [n, 3, S, S] and probabilities of the classes [n, C] after MixUp (Zhang et
+    al., 2017, arXiv 1710.09412) or CutMix (Yun et al., 2019, arXiv 1905.04899), as torchvision
+    computes them: each image is mixed with the one before it. Without --mixup and --cutmix returns
+    images and targets as they are. ``rng`` is a numpy RandomState."""
+    if not (flags.mixup or flags.cutmix):
+        return images, targets
+    cut = flags.cutmix and (not flags.mixup or rng.random_sample() < 0.5)
+    alpha = flags.cutmix if cut else flags.mixup
+    share = rng.beta(alpha, alpha)  # that the image keeps
+    others = images.roll(1, 0)
+    if cut:
+        height, width = images.shape[2:]
+        x, y, half = rng.randint(width), rng.randint(height), 0.5 * math.sqrt(1 - share)
+        left, right = max(0, x - int(half * width)), min(width, x + int(half * width))
+        top, bottom = max(0, y - int(half * height)), min(height, y + int(half * height))
+        images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+        share = 1 - (right - left) * (bottom - top) / (width * height)
+    else:
+        images = others.mul_(1 - share).add_(images.mul(share))
+    classes = torch.arange(num_classes, device=targets.device)
+    one_hot = (targets.view(-1, 1) == classes).float()
+    return images, one_hot.roll(1, 0).mul_(1 - share).add_(one_hot.mul(share))
+
 
 # --- 5. Mixed precision ---------------------------------------------------------------------------
 
 def optimizer_parameters(optimizer):
     """Returns what the optimizer updates: the model's parameters in order, or their masters."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    places = [(place, parameter) for group in optimizer.param_groups
+              for place, parameter in zip(group.get("places", itertools.count()), group["params"])]
+    return [parameter for _, parameter in sorted(places, key=lambda pair: pair[0])]
 
 def find_apex(flags, backend):
     """Returns apex.amp where it is asked for, or available and made for this device, else None for
@@ -928,6 +1028,7 @@ class Precision:
         backend = runtime.backend
         self.level = flags.opt_level or backend.opt_level
         self.fixed_scale = None if flags.loss_scale == "dynamic" else flags.loss_scale
+        self.clip_grad = flags.clip_grad
         self.verbosity = 0 if runtime.rank else 1
         low = self.level != "O0"
         asked_for = low or flags.amp_backend == "apex"
@@ -960,10 +1061,16 @@ class Precision:
         if self.input_dtype == torch.float32:
             return parameters
         self.masters = [(p, p.detach().clone().requires_grad_()) for p in parameters]
-        for module in model.modules():
-            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):  # all but BatchNorm
-                module.to(self.conv_dtype)
+        self.convert(model)
         return [master for _, master in self.masters]
+
+    def convert(self, model):
+        """Converts an fp32 model to what ``evaluate`` computes in; returns it."""
+        if self.input_dtype != torch.float32:
+            for module in model.modules():
+                if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):  # all but BatchNorm
+                    module.to(self.conv_dtype)
+        return model
 
     def initialize(self, model, optimizer=None):
         """Returns the model, and to train the optimizer, as apex wants them."""
@@ -986,18 +1093,27 @@ class Precision:
             parameter.data.copy_(weight)
         return model, optimizer
 
-    def backward_and_step(self, loss, optimizer):
-        """Computes the gradients, takes a step unless they overflowed, and clears them."""
+    def backward(self, loss, optimizer, last=True):
+        """Adds the gradients of a loss, the ``last`` of a step or not."""
         if self.apex:
-            with self.apex.scale_loss(loss, optimizer) as scaled_loss:
+            with self.apex.scale_loss(loss, optimizer, delay_unscale=not last) as scaled_loss:
                 scaled_loss.backward()
-            optimizer.step()
         else:
             self.scaler.scale(loss).backward()
-            for parameter, master in self.masters:
-                if master.grad is None:  # kept: Ascend's fused SGD goes on reading the first memory
-                    master.grad = torch.empty_like(master)
-                master.grad.copy_(parameter.grad)
+
+    def step(self, optimizer):
+        """Takes a step unless the gradients overflowed, and clears them."""
+        for parameter, master in self.masters:
+            if master.grad is None:  # kept: Ascend's fused SGD goes on reading the first memory
+                master.grad = torch.empty_like(master)
+            master.grad.copy_(parameter.grad)
+        if self.clip_grad:
+            if not self.apex:
+                self.scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(optimizer_parameters(optimizer), self.clip_grad)
+        if self.apex:
+            optimizer.step()
+        else:
             self.scaler.step(optimizer)
             self.scaler.update(self.fixed_scale)
         optimizer.zero_grad()
@@ -1016,23 +1132,99 @@ class Precision:
         return fits
 
 
-# --- 6. Model, optimizer, schedule, loss ----------------------------------------------------------
+# --- 6. Model, EMA, optimizer, schedule, loss -----------------------------------------------------
 
 def build_model(flags, runtime, num_classes, dtype=torch.float32):
     """Returns the network on its device; ``dtype`` is what its convolutions will compute in."""
     model = getattr(mnasnet, flags.arch)(
-        num_classes=num_classes, dropout=flags.dropout, bn_momentum=flags.bn_momentum)
+        num_classes=num_classes, dropout=flags.dropout, bn_momentum=flags.bn_momentum,
+        bn_eps=flags.bn_eps)
     model.layers.requires_grad_(flags.freeze != "features")
     if runtime.backend.name == "cpu":
         mnasnet.optimize_for_cpu(model, dtype)
     options = {"memory_format": torch.channels_last} if runtime.backend.channels_last else {}
     return model.to(runtime.device, **options)
 
+def trained_state(model, optimizer):
+    """Returns the state dict of a model in training, under O2 with its master weights."""
+    state_dict = model.state_dict()
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    state_dict.update(zip(names, optimizer_parameters(optimizer)))
+    return state_dict
+
+class EMA:
+    """An exponential moving average of a model's weights and BatchNorm statistics, in fp32, held by
+    its own ``model``. The decay grows to ``decay`` as in TensorFlow's ExponentialMovingAverage, so
+    that the initial weights are soon forgotten."""
+
+    def __init__(self, model, decay, steps):
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay, self.steps, self.step, self.pairs = decay, steps, 0, []
+
+    def track(self, model, optimizer):
+        """Follows a model in training."""
+        state_dict = trained_state(model, optimizer)
+        self.pairs = [(average, state_dict[name]) for name, average
+                      in self.model.state_dict().items() if average.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self):
+        """To be called after each step."""
+        self.step += 1
+        if self.step % self.steps == 0:
+            updates = self.step // self.steps
+            decay = min(self.decay, (1 + updates) / (10 + updates))
+            for average, value in self.pairs:
+                average.lerp_(value, 1 - decay)
+
+class RMSpropTF(torch.optim.Optimizer):
+    """RMSProp as TensorFlow computes it: epsilon is inside the root, the mean square starts at 1,
+    and the learning rate is inside the momentum. (Tieleman and Hinton, 2012; the decay of 0.9 and
+    the epsilon are those of TensorFlow's MnasNet.)"""
+
+    def __init__(self, parameters, lr, momentum, weight_decay):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        for parameter in optimizer_parameters(self):
+            self.state[parameter]["square_avg"] = torch.ones_like(parameter)
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                square = self.state[parameter]["square_avg"]
+                velocity = self.state[parameter]["momentum_buffer"]
+                grad = parameter.grad.add(parameter, alpha=group["weight_decay"])
+                square.mul_(0.9).addcmul_(grad, grad, value=0.1)
+                scale = square.add(1e-3).sqrt_()
+                velocity.mul_(group["momentum"]).addcdiv_(grad, scale, value=group["lr"])
+                parameter.sub_(velocity)
+
+def parameter_groups(model, parameters, flags):
+    """Returns what an optimizer takes: the ``parameters`` of a model, one group for each weight
+    decay, with their ``places`` in the model. As torchvision's references, a bias follows
+    --bias-weight-decay first."""
+    modules, groups = dict(model.named_modules()), {}
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    for place, (name, parameter) in enumerate(zip(names, parameters)):
+        module, _, kind = name.rpartition(".")
+        norm = isinstance(modules[module], torch.nn.BatchNorm2d)
+        decays = (flags.bias_weight_decay if kind == "bias" else None,
+                  flags.norm_weight_decay if norm else None, flags.wd)
+        decay = next(value for value in decays if value is not None)
+        group = groups.setdefault(decay, {"params": [], "places": [], "weight_decay": decay})
+        group["params"].append(parameter)
+        group["places"].append(place)
+    return list(groups.values())
+
 def build_optimizer(flags, runtime, precision, parameters):
-    """Returns SGD with Nesterov momentum, in its fused version where there is one."""
+    """Returns the optimizer of parameters or groups of them; SGD with Nesterov momentum in its
+    fused version where there is one."""
     backend = runtime.backend
-    options = {"lr": flags.lr, "momentum": flags.momentum, "weight_decay": flags.wd,
-               "nesterov": flags.momentum > 0}
+    options = {"lr": flags.lr, "momentum": flags.momentum, "weight_decay": flags.wd}
+    if flags.opt == "rmsprop":
+        return RMSpropTF(parameters, **options)
+    options["nesterov"] = flags.momentum > 0
     if backend.name == "npu":  # apex's is for apex's amp, torch_npu's for torch's
         module = "apex.optimizers" if precision.apex else "torch_npu.optim"
         with contextlib.suppress(ImportError, AttributeError):
@@ -1042,7 +1234,7 @@ def build_optimizer(flags, runtime, precision, parameters):
     optimizer = torch.optim.SGD(parameters, **options)
     if flags.momentum:
         # After a first step that overflows, the fused one would start from uninitialized memory.
-        for parameter in parameters:
+        for parameter in optimizer_parameters(optimizer):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
@@ -1067,7 +1259,7 @@ def wrap_for_training(model, flags, runtime, precision):
         # apex detaches gradients, Ascend's fused SGD moves them.
         if TORCH >= (1, 7) and not precision.apex and runtime.backend.name != "npu":
             options["gradient_as_bucket_view"] = True
-        if TORCH >= (1, 11):
+        if TORCH >= (1, 11) and flags.accumulate == 1:
             options["static_graph"] = True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -1077,17 +1269,26 @@ def wrap_for_training(model, flags, runtime, precision):
     return torch.compile(model) if flags.compile else model
 
 def learning_rate(flags, epoch):
-    """Returns the rate after ``epoch`` epochs: linear from a tenth of --lr, then half a cosine."""
+    """Returns the rate after ``epoch`` epochs: a linear warm-up, then half a cosine from its end to
+    the last epoch, or steps of --decay-epochs, counted from the first epoch as TensorFlow does."""
     if epoch < flags.warmup:
-        return flags.lr * (0.1 + 0.9 * epoch / flags.warmup)
+        start = flags.lr_warmup_decay
+        return flags.lr * (start + (1 - start) * epoch / flags.warmup)
+    if flags.schedule == "exponential":
+        return flags.lr * flags.decay_rate ** (epoch // flags.decay_epochs)
     progress = (epoch - flags.warmup) / max(1, flags.epochs - flags.warmup)
     return flags.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 def smoothed_cross_entropy(logits, targets, smoothing):
-    """Returns the mean cross entropy of logits [N, C], in every torch alike. All classes share the
-    fraction ``smoothing`` of a target (Szegedy et al., 2015, arXiv 1512.00567, section 7)."""
+    """Returns the mean cross entropy of logits [N, C] and targets, classes [N] or probabilities
+    [N, C], in every torch alike. All classes share the fraction ``smoothing`` of a target (Szegedy
+    et al., 2015, arXiv 1512.00567, section 7)."""
     log_probs = F.log_softmax(logits.float(), 1)
-    return (1 - smoothing) * F.nll_loss(log_probs, targets) - smoothing * log_probs.mean()
+    if targets.dim() == 1:
+        loss = F.nll_loss(log_probs, targets)
+    else:
+        loss = -(targets * log_probs).sum(1).mean()
+    return (1 - smoothing) * loss - smoothing * log_probs.mean()
 
 def topk_correct(logits, targets):
     """Returns how many targets [N] are the first and among the first five of logits [N, C]."""
@@ -1115,10 +1316,11 @@ def average_running_stats(model, group):
 # A run's weights do not depend on these flags, or the settings below hold what they resolve to.
 UNRELATED = set("""data workers max_bad pretrained weights start_epoch device_list npu world_size
     multiprocessing_distributed local_rank rank nodes node_rank dist_url dist_backend dist_timeout
-    output_dir resume save_freq keep evaluate print_freq tensorboard run_prof synthetic
+    recipe output_dir resume save_freq keep evaluate print_freq tensorboard run_prof synthetic
     argv""".split())
 COLUMNS = ("epoch", "lr", "train_loss", "train_acc1", "val_loss", "acc1", "acc5", "fps", "seconds",
            "data_wait")  # of metrics.csv
+EMA_COLUMNS = ("ema_loss", "ema_acc1", "ema_acc5")  # with --ema
 MAX_OVERFLOWS = 20  # losses in a row; 16 halvings of the initial loss scale, 65536, leave 1
 
 def checkpoint_path(flags, age=0):
@@ -1148,20 +1350,22 @@ def check_finite(state, name, advice):
         if torch.is_tensor(tensor) and not torch.isfinite(tensor).all():
             raise UserError(f"{name} holds values that are not finite ({key}): {advice}")
 
+def to_host(state_dict):
+    """Replaces the tensors by contiguous copies on the host, floating point ones in fp32."""
+    for name, tensor in state_dict.items():
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        state_dict[name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
+    return state_dict
+
 def snapshot(run):
     """Returns all that a resumed run needs, as tensors and plain values. All ranks take part."""
     # Each rank's own statistics and totals make a resumed run equal to the last bit.
     stats = average_running_stats(run.model, run.group)
     totals = run.group.gather(run.totals.double().cpu())
-    state_dict = run.model.state_dict()
-    names = [name for name, p in run.model.named_parameters() if p.requires_grad]
-    state_dict.update(zip(names, optimizer_parameters(run.optimizer)))  # under O2 the masters
-    for name, tensor in state_dict.items():
-        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        state_dict[name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach())
+    state_dict = to_host(trained_state(run.model, run.optimizer))
     set_running_stats(run.model, stats[run.runtime.rank])
     check_finite(state_dict, "the model", "it is not saved. Try a lower --lr or a longer --warmup")
-    return {
+    checkpoint = {
         "arch": run.flags.arch, "state_dict": state_dict, "running_stats": stats,
         "optimizer": optimizer_state(run.optimizer), "amp": run.precision.state_dict(),
         "epoch": run.epoch, "images": run.images, "totals": totals,
@@ -1169,6 +1373,12 @@ def snapshot(run):
         "classes": run.train_loader.dataset.images.classes, "flags": settings(run),
         "torch": str(torch.__version__),
     }
+    if run.ema:
+        stats = average_running_stats(run.ema.model, run.group)
+        checkpoint["ema"] = {"state_dict": to_host(run.ema.model.state_dict()),
+                             "running_stats": stats, "step": run.ema.step}
+        set_running_stats(run.ema.model, stats[run.runtime.rank])
+    return checkpoint
 
 def write_file(content, path, older=()):
     """Writes bytes under a temporary name, then renames; a file there gets the first of the
@@ -1190,18 +1400,27 @@ def write_file(content, path, older=()):
         raise UserError(f"can't write {path}: {first_line(error)}. What was there is unchanged. "
                         "Make room, or give another folder")
 
-def save(run, best=False):
-    """Writes checkpoint.pth.tar, and before it model_best.pth.tar if this is the best model: after
-    a crash between the two, the evaluation that chose the best is done again."""
-    checkpoint, content = snapshot(run), io.BytesIO()
+def encode(checkpoint):
+    """Returns the bytes of a checkpoint file."""
+    content = io.BytesIO()
+    # In memory, as torch 1.8 aborts where it writes to a full disk itself, and not by torch.save,
+    # which some versions of torch_npu replace by one that loses strings.
+    torch.serialization.save(checkpoint, content, _use_new_zipfile_serialization=True)
+    return content.getvalue()
+
+def save(run, best=False, best_ema=False):
+    """Writes checkpoint.pth.tar, and before it the best models if these are the best: after a crash
+    between the two, the evaluation that chose the best is done again."""
+    checkpoint, folder = snapshot(run), run.flags.output_dir
     if run.runtime.rank == 0:
-        # To memory, as torch 1.8 aborts where it writes to a full disk itself, and not by
-        # torch.save, which some versions of torch_npu replace by one that loses strings.
-        torch.serialization.save(checkpoint, content, _use_new_zipfile_serialization=True)
+        content = encode(checkpoint)
         paths = [checkpoint_path(run.flags, age) for age in range(run.flags.keep)]
         if best:
-            write_file(content.getvalue(), os.path.join(run.flags.output_dir, "model_best.pth.tar"))
-        write_file(content.getvalue(), paths[0], paths[1:])
+            write_file(content, os.path.join(folder, "model_best.pth.tar"))
+        if best_ema:
+            averaged = dict(checkpoint, state_dict=checkpoint["ema"]["state_dict"])
+            write_file(encode(averaged), os.path.join(folder, "model_best_ema.pth.tar"))
+        write_file(content, paths[0], paths[1:])
 
 class SafePickle:
     """In place of the pickle module where torch.load has no ``weights_only``: data, no code."""
@@ -1245,9 +1464,9 @@ def adopt_flags(flags, checkpoint):
     """Returns the flags of an evaluation, with those of its checkpoint where the command line gives
     no others, and a list of what was taken from there."""
     saved = dict(checkpoint.get("flags", {}))
-    if checkpoint.get("arch") in mnasnet.WEIGHTS:  # timm's have other names
+    if checkpoint.get("arch") in mnasnet.ARCHITECTURES:  # timm's have other names
         saved["arch"] = checkpoint["arch"]
-    names = ("arch", "val_resize_size", "val_crop_size", "opt_level")
+    names = ("arch", "bn_eps", "val_resize_size", "val_crop_size", "opt_level")
     words = {name: f"--{name.replace('_', '-')}={saved[name]}" for name in names if name in saved}
     adopted = parse_args([*words.values(), *flags.argv])  # of a flag that comes twice, the last
     return adopted, [word for name, word in words.items()
@@ -1311,13 +1530,16 @@ def load_weights(model, checkpoint, path, classes, new_classifier=False):
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()[:200]
-        raise UserError(f"{path} does not fit alpha {model.alpha} ({reason}): give the -a it was "
-                        f"trained with, {checkpoint.get('arch', 'unknown')}")
+        raise UserError(f"{path} does not fit MnasNet-{model.variant}, alpha {model.alpha} "
+                        f"({reason}): give the -a it was trained with, "
+                        f"{checkpoint.get('arch', 'unknown')}")
     return note
 
 def load_pretrained(model, flags, classes):
     """Loads torchvision's published weights, or those of --weights; returns a line for the log."""
-    source = flags.weights or mnasnet.WEIGHTS[flags.arch]
+    source = flags.weights or mnasnet.WEIGHTS.get(flags.arch)
+    if not source:
+        raise UserError(f"torchvision publishes no weights of {flags.arch}: give --weights FILE")
     if flags.weights:
         checkpoint = read_checkpoint(source)
     else:
@@ -1352,12 +1574,14 @@ def load_optimizer_state(optimizer, saved):
 
 def write_metrics(run):
     """Writes metrics.csv, a row for each epoch, and to TensorBoard the last evaluation."""
-    lines = [COLUMNS] + [[f"{row[name]:.6g}" for name in COLUMNS] for row in run.history]
+    columns = COLUMNS + (EMA_COLUMNS if run.ema else ())
+    rows = [[f"{row.get(name, math.nan):.6g}" for name in columns] for row in run.history]
+    lines = [columns] + rows
     content = "".join(",".join(line) + "\n" for line in lines).encode()
     write_file(content, os.path.join(run.flags.output_dir, "metrics.csv"))
     if run.tensorboard:
         row = run.history[-1]
-        for name in ("val_loss", "acc1", "acc5"):
+        for name in ("val_loss", "acc1", "acc5", *(EMA_COLUMNS if run.ema else ())):
             run.tensorboard.add_scalar(f"val/{name.replace('val_', '')}", row[name], row["epoch"])
         run.tensorboard.flush()
 
@@ -1366,6 +1590,11 @@ def restore_ranks(run, checkpoint):
     stats, totals = checkpoint["running_stats"], checkpoint["totals"]
     rank, same = run.runtime.rank, len(stats) == run.group.size
     set_running_stats(run.model, stats[rank] if same else stats.mean(0))
+    if run.ema and "ema" in checkpoint:
+        saved = checkpoint["ema"]
+        run.ema.model.load_state_dict(saved["state_dict"])
+        run.ema.step, stats = int(saved["step"]), saved["running_stats"]
+        set_running_stats(run.ema.model, stats[rank] if same else stats.mean(0))
     if totals.shape[1] == len(run.totals):  # else of an earlier version
         run.totals.copy_(totals[rank] if same else totals.sum(0) / run.group.size)
     saved = checkpoint.get("flags", {})
@@ -1425,7 +1654,7 @@ def write_flags(run):
 def set_results_aside(run):
     """Moves what an earlier run left in --output-dir into a folder of its own there."""
     root = run.flags.output_dir
-    results = r"(checkpoint(-\d+)?|model_best)\.pth\.tar|metrics\.csv|args\.json"
+    results = r"(checkpoint(-\d+)?|model_best(_ema)?)\.pth\.tar|metrics\.csv|args\.json"
     names = [name for name in os.listdir(root) if re.fullmatch(results, name)]
     if set(names) - {"args.json"}:  # which a run that was stopped early leaves alone
         folder = tempfile.mkdtemp(dir=root, prefix=time.strftime("previous-%Y%m%d-%H%M%S-"))
@@ -1553,6 +1782,7 @@ class Run:
     train_loader: torch.utils.data.DataLoader = None
     train_model: torch.nn.Module = None  # the model, wrapped for training
     optimizer: torch.optim.Optimizer = None
+    ema: EMA = None
     tensorboard: object = None
     epoch: int = 0
     images: int = 0  # of this epoch so far, over all ranks
@@ -1572,14 +1802,34 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails once more at exit
             raise UserError(f"can't write to stdout: {error.strerror}")
 
+def seed_step(run):
+    """Seeds dropout, and returns a numpy RandomState, from (seed, epoch, images, rank): a resumed
+    run draws the same, with no generator state in its checkpoint."""
+    entropy = (run.seed, run.epoch, run.images, run.runtime.rank)
+    draw = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    torch.manual_seed(draw)
+    return np.random.RandomState(draw)
+
 def train_step(run, images, targets):
-    """Takes one optimizer step on images [n, 3, S, S] and targets [n]; returns loss and logits,
-    detached, on the device: nothing here waits for it."""
-    with run.precision.autocast():
-        logits = run.train_model(images)
-        loss = smoothed_cross_entropy(logits, targets, run.flags.label_smoothing)
-    run.precision.backward_and_step(loss, run.optimizer)
-    return loss.detach(), logits.detach()
+    """Takes one optimizer step on images [n, 3, S, S] and targets, [n] or probabilities [n, C];
+    returns loss and logits, detached, on the device: nothing here waits for it."""
+    losses, outputs = [], []
+    parts = list(zip(images.chunk(run.flags.accumulate), targets.chunk(run.flags.accumulate)))
+    for number, (part, part_targets) in enumerate(parts, 1):
+        last = number == len(parts)
+        sums = last or run.group.size == 1  # gradients over the ranks
+        with contextlib.nullcontext() if sums else run.train_model.no_sync():
+            with run.precision.autocast():
+                logits = run.train_model(part)
+                loss = smoothed_cross_entropy(logits, part_targets, run.flags.label_smoothing)
+                loss = loss * (len(part) / len(images))
+            run.precision.backward(loss, run.optimizer, last)
+        losses.append(loss.detach())
+        outputs.append(logits.detach())
+    run.precision.step(run.optimizer)
+    if run.ema:
+        run.ema.update()
+    return torch.stack(losses).sum(), torch.cat(outputs)
 
 def train_epoch(run):
     """Trains the rest of the epoch; returns its part of a row of metrics.csv. Raises Stopped where
@@ -1602,11 +1852,10 @@ def train_epoch(run):
         images, targets, unreadable = next(batches)
         run.group.waiting = False
         meter.data_time += time.monotonic() - begin
-        # Dropout draws the same after a resume, with no generator state in the checkpoint. Not
-        # before the batch: a loader that starts draws a number, too.
-        entropy = (run.seed, run.epoch, run.images, run.runtime.rank)
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-        loss, logits = train_step(run, images, targets)
+        # Not before the batch: a loader that starts draws a number, too.
+        rng = seed_step(run)
+        mixed = mix_batch(images, targets, run.model.num_classes, flags, rng)
+        loss, logits = train_step(run, *mixed)
         meter.update(loss, logits, targets)
         run.images += sampler.total
 
@@ -1681,6 +1930,11 @@ def train(run):
             row = train_epoch(run)
             average_running_stats(run.model, run.group)
             begin = time.monotonic()
+            if run.ema:
+                average_running_stats(run.ema.model, run.group)
+                averaged = run.precision.convert(copy.deepcopy(run.ema.model))
+                run.log("=> EMA:")
+                row["ema_loss"], row["ema_acc1"], row["ema_acc5"], _ = evaluate(run, averaged)
             row["val_loss"], row["acc1"], row["acc5"], _ = evaluate(run, run.model)
             run.evaluation_seconds = time.monotonic() - begin
         except Stopped:
@@ -1688,16 +1942,18 @@ def train(run):
             raise
         row.update(epoch=run.epoch, lr=learning_rate(run.flags, run.epoch))
         best = row["acc1"] > run.best_acc1 or not run.history
+        best_ema = run.ema and all(row["ema_acc1"] > old.get("ema_acc1", -1) for old in run.history)
         run.best_acc1 = max(row["acc1"], run.best_acc1)
         run.history = run.history + [row]
         run.epoch, run.images = run.epoch + 1, 0
         run.totals[:5].zero_()
-        save(run, best)
+        save(run, best, best_ema)
         if run.runtime.rank == 0:
             write_metrics(run)
+        ema = f", EMA {row['ema_acc1']:.2f}" if run.ema else ""
         run.log(f"=> epoch {row['epoch']}: {row['seconds']:.1f} s, train loss "
                 f"{row['train_loss']:.4f} Acc@1 {row['train_acc1']:.2f}, val loss "
-                f"{row['val_loss']:.4f} Acc@1 {row['acc1']:.2f} (best {run.best_acc1:.2f}), "
+                f"{row['val_loss']:.4f} Acc@1 {row['acc1']:.2f} (best {run.best_acc1:.2f}{ema}), "
                 f"FPS {row['fps']:.2f} ( {row['fps']:.2f} )")
     if not run.history:
         raise UserError(f"next epoch {run.epoch}, --epochs {run.flags.epochs}: nothing to do")
@@ -1780,12 +2036,17 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
     if total < 1 or (train_images and total > available):
         raise UserError(f"--batch-size {flags.batch_size} gives steps of {total} images: expected "
                         f"1 for each process to {available}")
+    if flags.lr_base_size:
+        flags.lr *= total / flags.lr_base_size
     model = build_model(flags, runtime, len(classes), precision.conv_dtype)
     val_loader = make_loader(val_images, flags, runtime, batch_size, workers)
     run = Run(flags, runtime, group, precision, model, val_loader, seed, epoch=flags.start_epoch,
               totals=torch.zeros(6, device=runtime.device))
     run.log(f"=> {flags.arch} on {runtime.device}{notes}, {group.size} process(es) with batch size "
             f"{batch_size}, {workers} worker(s) each, {precision}, seed {seed}")
+    if flags.recipe:
+        values = (f"{name} {getattr(flags, name)}" for name in RECIPES[flags.recipe])
+        run.log(textwrap.fill(f"=> recipe {flags.recipe}: {', '.join(values)}", 100))
     if flags.synthetic and flags.data:
         run.log(f"=> --synthetic: {flags.data} is not read")
     with loading(path or flags.weights or flags.arch):
@@ -1795,6 +2056,8 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
             run.log(load_pretrained(model, flags, classes))
     if path and flags.pretrained:
         run.log(f"=> --resume {path} wins over --pretrained")
+    if flags.ema and train_images:
+        run.ema = EMA(model, flags.ema, flags.ema_steps)
     if train_images:
         run.train_loader = make_loader(train_images, flags, runtime, batch_size, workers, seed)
     if flags.tensorboard and runtime.rank == 0:
@@ -1815,8 +2078,11 @@ def run_training(flags, runtime, group, notes):
         with group.handle_signals(None):
             loss, acc1, acc5, fps = evaluate(run, run.model)
         return print_result(run, acc1, acc5, fps, loss)
-    optimizer = build_optimizer(flags, runtime, run.precision, parameters)
+    groups = parameter_groups(run.model, parameters, flags)
+    optimizer = build_optimizer(flags, runtime, run.precision, groups)
     run.model, run.optimizer = run.precision.initialize(run.model, optimizer)
+    if run.ema:
+        run.ema.track(run.model, run.optimizer)
     run.train_model = wrap_for_training(run.model, flags, runtime, run.precision)
     with lock_folder(flags.output_dir) if runtime.rank == 0 else contextlib.nullcontext():
         if runtime.rank == 0:  # another node may not have the folder

@@ -1,14 +1,15 @@
 # shellcheck shell=bash
 # What the five launch scripts share: arguments, launch, log parsing, result file.
 # A launch script sets `mode` (acc, perf or eval), `cards` (1 or 8), `batch_size` and, for training,
-# `epochs`, `lr` and `recipe` (main.py flags), and then calls `run_case "$@"`.
+# `lr` (that of the recipe modelzoo at this batch size) and perhaps `epochs`, and then calls
+# `run_case "$@"`.
 # quickstart.sh and venv.sh use the errors and `supervise`.
 
 test_dir=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 repo=${test_dir%/*}
 me=${0##*/}
 network=MnasNet_for_PyTorch
-mode='' cards=1 batch_size='' epochs='' lr='' recipe=()
+mode='' cards=1 batch_size='' epochs='' lr='' recipe=modelzoo
 
 # --------------------------------------------------------------------------------------------------
 # Errors
@@ -99,7 +100,10 @@ usage: $me --data_path=DIR [argument ...] [-- main.py's arguments]
   --resume=FILE       checkpoint to resume from, or 'auto' for the newest; $resume_help
   --python=PATH       interpreter (default: \$PYTHON, else .venv of this repository, else python3)
 END
-  [[ $mode == eval ]] || printf '  --epochs=N --lr=X   default %s and %s\n' "$epochs" "$lr"
+  [[ $mode == eval ]] || cat <<END
+  --recipe=NAME       main.py's defaults for the flags of a training (default modelzoo)
+  --epochs=N --lr=X   default: the recipe's${epochs:+, here $epochs epochs}; lr $lr for modelzoo
+END
 }
 
 parse_arguments() {
@@ -113,9 +117,13 @@ parse_arguments() {
       --workers=*) workers=${1#*=} ;;
       --resume=*) resume=${1#*=} ;;
       --python=*) python=${1#*=} ;;
-      --epochs=* | --lr=*)
+      --epochs=* | --lr=* | --recipe=*)
         [[ $mode != eval ]] || exit_with 2 "$(quote "$1") is not applicable: nothing is trained"
-        case $1 in --epochs=*) epochs=${1#*=} ;; *) lr=${1#*=} ;; esac
+        case $1 in
+          --epochs=*) epochs=${1#*=} ;;
+          --lr=*) own_lr=${1#*=} ;;
+          *) recipe=${1#*=} ;;
+        esac
         ;;
       -h | --help)
         usage
@@ -145,6 +153,7 @@ refuse_own_flags() {
       --device | --device=*) name=device ;;
       --device-list*) name=device_list ;;
       --npu | --npu=*) name=device_id ;;
+      --recipe | --recipe=*) name=recipe ;;
       --resume*) name=resume ;;
       *) continue ;;
     esac
@@ -198,7 +207,10 @@ build_command() {
   if [[ $mode == eval ]]; then
     trainer_command+=(--evaluate)
   else
-    trainer_command+=("--epochs=$epochs" "--lr=$lr" "${recipe[@]}")
+    [[ -n $own_lr || $recipe != modelzoo ]] || own_lr=$lr
+    trainer_command+=("--recipe=$recipe")
+    [[ -z $epochs ]] || trainer_command+=("--epochs=$epochs")
+    [[ -z $own_lr ]] || trainer_command+=("--lr=$own_lr")
   fi
   # Last, so that the user's own flags win. In bash < 4.4 an empty array counts as unset.
   trainer_command+=(${main_args[@]+"${main_args[@]}"})
@@ -301,6 +313,7 @@ END
 run_case() {
   local start
   data_path='' device_id=0 device='' device_list='' workers='' resume='' python=${PYTHON:-}
+  own_lr=''
   main_args=()
   parse_arguments "$@"
   check_arguments

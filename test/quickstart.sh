@@ -7,17 +7,18 @@ set -euo pipefail
 torch=2.x python='' device='' device_list='' device_id=0
 data=$test_dir/data/quickstart
 result=$test_dir/output/quickstart
-train=(--epochs=20 --batch_size=32 --lr=0.03)
+train=(--recipe=small --batch_size=32)
 evaluate=()
 val_flags=(--val-resize-size 48 --val-crop-size 48)
-train_flags=(--train-crop-size 48 --train-crop-scale 0.6 --warmup 1 --dropout 0 --seed 1)
+train_flags=(--train-crop-size 48 --seed 1)
 
 usage() {
   cat <<END
 usage: $me [--torch=1.5|1.8|2.x] [--python=PATH] [argument ...] [-- main.py's arguments]
 
 Trains on a small Fashion-MNIST set with train_full_1p.sh, then evaluates with train_eval_8p.sh.
-  --device= --device_id= --workers= --batch_size= --epochs= --lr= --resume=   as in train_full_1p.sh
+  --device= --device_id= --workers= --batch_size= --epochs= --lr= --recipe= --resume=
+                      as in train_full_1p.sh
   --device_list=0,1   cards of the evaluation (default: all, at most eight; on cpu two processes)
 END
 }
@@ -30,7 +31,7 @@ while (($#)); do
     --device_list=*) device_list=${1#*=} ;;
     --device_id=*) device_id=${1#*=} train+=("$1") ;;
     --workers=*) train+=("$1") evaluate+=("$1") ;;
-    --batch_size=* | --epochs=* | --lr=* | --resume=*) train+=("$1") ;;
+    --batch_size=* | --epochs=* | --lr=* | --recipe=* | --resume=*) train+=("$1") ;;
     --) shift && break ;;
     -h | --help) usage && exit 0 ;;
     *) exit_with 2 "unknown argument $(quote "$1"); $me --help lists them" ;;

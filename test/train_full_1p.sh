@@ -8,6 +8,4 @@ mode=acc
 cards=1
 batch_size=512
 lr=0.7
-epochs=300
-recipe=(--warmup=5 --wd=1e-5)
 run_case "$@"

@@ -8,6 +8,4 @@ mode=acc
 cards=8
 batch_size=4096
 lr=1.4
-epochs=300
-recipe=(--warmup=5 --wd=1e-5)
 run_case "$@"

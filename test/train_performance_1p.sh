@@ -9,5 +9,4 @@ cards=1
 batch_size=512
 lr=0.7
 epochs=6
-recipe=(--warmup=5 --wd=1e-5)
 run_case "$@"

@@ -9,5 +9,4 @@ cards=8
 batch_size=4096
 lr=1.4
 epochs=6
-recipe=(--warmup=5 --wd=1e-5)
 run_case "$@"

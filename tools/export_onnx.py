@@ -29,11 +29,11 @@ def load_model(path, arch, size):
     with trainer.loading(path):
         flags = dict(vars(trainer.parse_args(["--synthetic", "1"])), **checkpoint.get("flags", {}))
         names = [arch, checkpoint.get("arch"), flags["arch"]]
-        arch = [name for name in names if name in mnasnet.WEIGHTS][0]  # timm has other names
+        arch = [name for name in names if name in mnasnet.ARCHITECTURES][0]  # timm has other names
         classes = checkpoint.get("classes")
         count = len(trainer.find_state(checkpoint, path)["classifier.1.weight"])
         # Not by build_model: its convolutions for the CPU of torch 1.8 can't be exported.
-        model = getattr(mnasnet, arch)(num_classes=count)
+        model = getattr(mnasnet, arch)(num_classes=count, bn_eps=flags["bn_eps"])
         trainer.load_weights(model, checkpoint, path, classes)
         crop = size or flags["val_crop_size"]
         resize = round(crop * flags["val_resize_size"] / flags["val_crop_size"])
@@ -90,7 +90,7 @@ def main():
     add("checkpoint", help="file of main.py, or a state dict")
     add("out", help="file to write")
     add("--torchscript", action="store_true", help="write TorchScript")
-    add("-a", "--arch", choices=sorted(mnasnet.WEIGHTS), help="(default: that of the checkpoint)")
+    add("-a", "--arch", choices=mnasnet.ARCHITECTURES, help="(default: that of the checkpoint)")
     add("--size", type=trainer.number(int, 32), help="crop size (default: that of the checkpoint)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", ".*(deprecated|legacy)")  # torch 2.x says so of both formats

@@ -101,7 +101,8 @@ class Apex:
     def step(self, precision, model, optimizer, factor=1.0):
         """Takes a step on the sum of the outputs for ones, times a factor."""
         loss = model(torch.ones(1, 2, device=self.device)).float().sum() * factor
-        precision.backward_and_step(loss, optimizer)
+        precision.backward(loss, optimizer)
+        precision.step(optimizer)
 
     def run(self, *arguments):
         """The status of a run in this process, small but for what the arguments say."""

@@ -55,7 +55,8 @@ def test_master_weights_keep_the_memory_of_their_gradients():
     optimizer.zero_grad = lambda: clear(set_to_none=False)
     for _ in range(2):
         loss = model(torch.randn(2, 3, 32, 32).bfloat16()).float().square().mean()
-        precision.backward_and_step(loss, optimizer)
+        precision.backward(loss, optimizer)
+        precision.step(optimizer)
         parameters = main.optimizer_parameters(optimizer)
         addresses.append([parameter.grad.data_ptr() for parameter in parameters])
     assert addresses[0] == addresses[1]

@@ -161,3 +161,28 @@ def test_shellcheck():
         pytest.skip("shellcheck is not installed")
     scripts = [str(path) for path in (ROOT / "test").glob("*.sh")] + [str(ROOT / ".ci" / "run")]
     subprocess.run(["shellcheck", "-x"] + scripts, cwd=str(ROOT), check=True)
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+printf '%s\\n' "$@" >arguments
+echo "Result: Acc@1 1 Acc@5 2 images/sec 3 loss 4"
+"""
+
+
+@pytest.mark.parametrize("name,arguments,expected", [
+    ("train_full_1p.sh", [], ["--recipe=modelzoo", "--lr=0.7"]),
+    ("train_full_8p.sh", ["--lr=2"], ["--recipe=modelzoo", "--lr=2"]),
+    ("train_full_8p.sh", ["--recipe=strong"], ["--recipe=strong"]),
+    ("train_full_8p.sh", ["--lr=2", "--recipe=strong", "--epochs=9"],
+     ["--recipe=strong", "--epochs=9", "--lr=2"]),
+    ("train_performance_8p.sh", [], ["--recipe=modelzoo", "--epochs=6", "--lr=1.4"]),
+    ("train_performance_1p.sh", ["--recipe=rmsprop"], ["--recipe=rmsprop", "--epochs=6"])])
+def test_what_a_script_passes_on(clone, tmp_path, name, arguments, expected):
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    result = run_script(clone, name, f"--python={python}", f"--data_path={tmp_path}", *arguments,
+                        cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    passed = (tmp_path / "arguments").read_text().split("\n")
+    assert [word for word in passed if re.match("--(recipe|epochs|lr)=", word)] == expected
