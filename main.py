@@ -1575,8 +1575,8 @@ def load_optimizer_state(optimizer, saved):
 def write_metrics(run):
     """Writes metrics.csv, a row for each epoch, and to TensorBoard the last evaluation."""
     columns = COLUMNS + (EMA_COLUMNS if run.ema else ())
-    rows = [[f"{row.get(name, math.nan):.6g}" for name in columns] for row in run.history]
-    lines = [columns] + rows
+    rows = [dict(dict.fromkeys(EMA_COLUMNS, math.nan), **row) for row in run.history]
+    lines = [columns] + [[f"{row[name]:.6g}" for name in columns] for row in rows]
     content = "".join(",".join(line) + "\n" for line in lines).encode()
     write_file(content, os.path.join(run.flags.output_dir, "metrics.csv"))
     if run.tensorboard:
@@ -1880,7 +1880,7 @@ def evaluate(run, model):
     Raises Stopped where a signal has come; the next start evaluates again."""
     flags, sampler = run.flags, run.val_loader.sampler
     model.eval()
-    if run.precision.level == "O0" and run.runtime.backend.name == "cpu":
+    if run.runtime.backend.name == "cpu":
         model = mnasnet.fold_batchnorm(model)
     no_grad = torch.no_grad if TORCH < (1, 9) else torch.inference_mode
     totals = torch.zeros(3, device=run.runtime.device)  # loss, top 1, top 5

@@ -54,7 +54,7 @@ def load_model(path, words):
         trainer.load_weights(model, checkpoint, path, classes)
     precision.prepare(model)
     model = precision.initialize(model)[0].eval()
-    if precision.level == "O0" and runtime.backend.name == "cpu":
+    if runtime.backend.name == "cpu":
         model = trainer.mnasnet.fold_batchnorm(model)
     return model, classes, flags, runtime, precision
 
