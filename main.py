@@ -787,8 +787,8 @@ def build_augmentation(flags):
             steps.append(transforms.ColorJitter(*[flags.color_jitter] * 3))
         if flags.auto_augment:
             name = {"ra": "RandAugment", "ta": "TrivialAugmentWide"}[flags.auto_augment]
-            policy = getattr(transforms, name)
-            steps.append(policy(interpolation=transforms.InterpolationMode.BILINEAR))
+            # By nearest neighbour, the default: bilinear takes twice as long.
+            steps.append(getattr(transforms, name)())
         steps.append(np.array)
         if flags.random_erasing:  # with the mean colour, as after the normalization
             mean = [255 * m for m in MEAN]
@@ -971,7 +971,7 @@ def mix_batch(images, targets, num_classes, flags, rng):
         share = 1 - (right - left) * (bottom - top) / (width * height)
     else:
         images = others.mul_(1 - share).add_(images.mul(share))
-    classes = torch.arange(num_classes, device=targets.device)
+    classes = torch.arange(num_classes, dtype=targets.dtype, device=targets.device)
     one_hot = (targets.view(-1, 1) == classes).float()
     return images, one_hot.roll(1, 0).mul_(1 - share).add_(one_hot.mul(share))
 
@@ -1597,7 +1597,7 @@ def restore_ranks(run, checkpoint):
         set_running_stats(run.ema.model, stats[rank] if same else stats.mean(0))
     if totals.shape[1] == len(run.totals):  # else of an earlier version
         run.totals.copy_(totals[rank] if same else totals.sum(0) / run.group.size)
-    saved = checkpoint.get("flags", {})
+    saved = dict(vars(parse_args(["data"])), **checkpoint.get("flags", {}))
     changes = [f"{name.replace('_', ' ')} {saved.get(name)}, now {value}"
                for name, value in settings(run).items() if saved.get(name) != value]
     if changes:

@@ -11,8 +11,9 @@ import csv
 import os
 import sys
 
-# The title of each diagram, and its columns of metrics.csv: a solid line, then a dashed one.
-DIAGRAMS = [("Loss", ["val_loss", "train_loss"]), ("Acc@1, percent", ["acc1", "train_acc1"]),
+# The title of each diagram, and its columns of metrics.csv: a solid line, a dashed, a dotted one.
+DIAGRAMS = [("Loss", ["val_loss", "train_loss", "ema_loss"]),
+            ("Acc@1, percent", ["acc1", "train_acc1", "ema_acc1"]),
             ("Learning rate", ["lr"]), ("Images per second", ["fps"])]
 
 
@@ -26,7 +27,8 @@ def read_metrics(folder):
         try:
             for line, row in enumerate(csv.DictReader(file), 2):
                 for name, values in columns.items():
-                    values.append(float(row[name]))
+                    missing = {"ema_loss": "nan", "ema_acc1": "nan"}  # without --ema
+                    values.append(float({**missing, **row}[name]))
         except (KeyError, TypeError, ValueError, csv.Error):
             raise ValueError(f"{path} is damaged: line {line} lacks a number for one of "
                              f"{', '.join(columns)}")
@@ -44,13 +46,13 @@ def draw(runs, path):
 
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 8))
     for diagram, (title, columns) in zip(axes.flat, DIAGRAMS):
-        both = " (dashed: training, solid: validation)" if len(columns) == 2 else ""
-        diagram.set_title(title + both)
+        lines = " (dashed: training, solid: validation, dotted: EMA)" if columns[1:] else ""
+        diagram.set_title(title + lines)
         diagram.set_xlabel("Epoch")
         diagram.xaxis.get_major_locator().set_params(integer=True)
         diagram.grid(alpha=0.3)
         for number, (_, metrics) in enumerate(runs):
-            for column, style in zip(columns, ("-", "--")):
+            for column, style in zip(columns, ("-", "--", ":")):
                 diagram.plot(metrics["epoch"], metrics[column], style, color=f"C{number % 10}",
                              marker=".")
     axes[1, 1].set_ylim(bottom=0)

@@ -54,7 +54,16 @@ def main_pipeline(size, train):
             return trainer.random_resized_crop(width, height, size, 0.08, rng)
         return trainer.resize_center_crop(width, height, size * 8 // 7, size)
 
-    return lambda path: trainer.read_image(path, get_crop, size)
+    # Into one block of memory, as a loader writes it.
+    return lambda path: np.ascontiguousarray(trainer.read_image(path, get_crop, size))
+
+
+def augmented_pipeline(size):
+    """That of training, with TrivialAugment and RandomErasing as in the recipe strong."""
+    load = main_pipeline(size, train=True)
+    augment = trainer.build_augmentation(trainer.parse_args(
+        ["data", "--auto-augment", "ta", "--random-erasing", "0.1"]))
+    return lambda path: augment(load(path))
 
 
 def measure(load, paths):
@@ -105,6 +114,9 @@ def main():
             loads[ours] = main_pipeline(flags.size, train)
             columns["classic"][ours] = classic
             columns["decode"].update({classic: bound, ours: bound})
+        augmented = "main.py, TrivialAugment, RandomErasing"
+        loads[augmented] = augmented_pipeline(flags.size)
+        columns["main.py, training"] = {augmented: "main.py, training"}
         for load in loads.values():
             load(paths[0])  # imports and first allocations are not measured
         rows = {name: functools.partial(measure, load, paths) for name, load in loads.items()}

@@ -71,6 +71,13 @@ WITHOUT = {
     "torchvision's JPEG decoder": "main.jpeg_decoder = lambda: None",
 }
 
+# Pieces of the recipes, as flags.
+EMA = ["--ema", 0.9999]
+MIXING = ["--mixup", 0.2, "--cutmix", 1]
+AUGMENTATION = ["--auto-augment", "ta", "--random-erasing", 0.1]
+PIECES = {"EMA": EMA, "MixUp and CutMix": MIXING, "TrivialAugment and RandomErasing": AUGMENTATION,
+          "all of these": EMA + MIXING + AUGMENTATION}
+
 
 def program_without(optimisation, device):
     """main.py without one optimisation, as arguments of the Python interpreter."""
@@ -108,6 +115,18 @@ class Trainer:
         return self.run(program, level, [self.folder])
 
 
+def piece_rows(flags, trainer):
+    """The rows of --pieces, and the row that each is divided by (see common.comparison)."""
+    rows, references = {}, {}
+    program = [common.ROOT / "main.py"]
+    for level in flags.levels.split(","):
+        for name, options in PIECES.items():
+            images = [trainer.folder, *options]
+            rows[f"{level}, {name}"] = functools.partial(trainer.run, program, level, images)
+            references[f"{level}, {name}"] = f"main.py {level}"
+    return rows, references
+
+
 def optimisation_rows(flags, trainer):
     """The rows of --optimisations, and the row that each is divided by (see common.comparison)."""
     rows, references = {}, {}
@@ -142,6 +161,7 @@ def parse_args():
     add("--steps", type=int, default=25, metavar="N", help="steps of each run")
     add("--optimisations", action="store_true",
         help="also run on generated images, and without each optimisation of main.py")
+    add("--pieces", action="store_true", help="also run with EMA, MixUp, CutMix, augmentation")
     common.add_comparison_flags(parser, "side of a training crop")
     return parser.parse_args()
 
@@ -166,6 +186,9 @@ def main():
         columns = {flags.against or common.BASELINE: references}
         if flags.optimisations:
             more, columns["main.py"] = optimisation_rows(flags, trainer)
+            rows.update(more)
+        if flags.pieces:
+            more, columns["main.py"] = piece_rows(flags, trainer)
             rows.update(more)
         figures = common.interleave(rows, flags.rounds)
     common.print_table(figures, columns)

@@ -105,6 +105,25 @@ def test_a1_and_small_compute_what_timm_does(arch):
         assert close(mnasnet.fold_batchnorm(ours)(images), ours(images).double(), 1e-4)
 
 
+@pytest.mark.skipif(mnasnet.TORCH < (2, 0), reason="this torch has no bfloat16 network on the CPU")
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_folded_networks_compute_the_same_in_bfloat16(level):
+    model = mnasnet.mnasnet_a1(num_classes=10)
+    give_statistics(model)
+    images = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        exact = model.eval()(images).double()
+    if level == "O2":
+        images = images.bfloat16()
+        for module in model.modules():
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+                module.bfloat16()
+    folded = mnasnet.fold_batchnorm(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=level == "O1"):
+        assert close(model(images), exact, 0.05)
+        assert close(folded(images), exact, 0.05)
+
+
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
 def test_the_first_loss_of_few_classes_is_about_that_of_a_guess(num_classes):
     torch.manual_seed(1)

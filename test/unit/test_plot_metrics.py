@@ -23,12 +23,12 @@ def plot(*arguments, command=(TOOL,)):
                           universal_newlines=True)
 
 
-def make_run(folder, epochs=3):
+def make_run(folder, epochs=3, columns=main.COLUMNS):
     """A folder with a metrics.csv of so many epochs."""
-    folder.mkdir()
-    rows = [[epoch] + [1 / (epoch + column) for column in range(1, len(main.COLUMNS))]
+    folder.mkdir(parents=True)
+    rows = [[epoch] + [1 / (epoch + column) for column in range(1, len(columns))]
             for epoch in range(epochs)]
-    lines = [",".join(map(str, row)) for row in [main.COLUMNS] + rows]
+    lines = [",".join(map(str, row)) for row in [columns] + rows]
     (folder / "metrics.csv").write_text("".join(f"{line}\n" for line in lines))
     return folder
 
@@ -48,6 +48,16 @@ def test_runs_are_drawn_in_one_image(tmp_path):
         pixels = {tuple((255 * pixel[:3]).round().astype(int)) for pixel in quarter.reshape(-1, 4)}
         assert (44, 160, 44) in pixels  # matplotlib's third color, drawn last
     assert one.shape == three.shape and (one != three).any()
+
+
+def test_an_averaged_model_is_drawn_beside_the_trained_one(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [make_run(tmp_path / "a" / "run"),
+            make_run(tmp_path / "b" / "run", columns=main.COLUMNS + main.EMA_COLUMNS)]
+    for run in runs:
+        assert plot(run, "--output", run.parent / "it.png").returncode == 0
+    without, with_ema = [(run.parent / "it.png").read_bytes() for run in runs]
+    assert without != with_ema
 
 
 def test_a_trained_run_is_drawn(trained, tmp_path):

@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from torchvision import transforms
 
 import main
 from helpers import (
@@ -25,6 +26,8 @@ try:
 except ImportError:
     AveragedModel = None
 needs_timm = pytest.mark.skipif(timm is None, reason="timm is not installed")
+needs_erasing = pytest.mark.skipif(
+    not hasattr(transforms, "RandomErasing"), reason="torchvision has RandomErasing since 0.3")
 needs_policies = pytest.mark.skipif(TORCH < (2, 0), reason="torchvision has them since 0.12")
 RECIPES = pytest.mark.parametrize("recipe", sorted(main.RECIPES))
 # What makes a recipe small enough for a test.
@@ -319,7 +322,7 @@ def test_what_is_mixed_depends_on_seed_epoch_and_step(images, run_here, tmp_path
 
 AUGMENTATIONS = [
     pytest.param(["--color-jitter", 0.4], id="color jitter"),
-    pytest.param(["--random-erasing", 1], id="erasing", marks=needs_policies),
+    pytest.param(["--random-erasing", 1], id="erasing", marks=needs_erasing),
     pytest.param(["--auto-augment", "ra"], id="RandAugment", marks=needs_policies),
     pytest.param(["--auto-augment", "ta"], id="TrivialAugment", marks=needs_policies)]
 
@@ -353,10 +356,10 @@ def test_a_transform_that_torchvision_lacks_is_named(images, run_here):
     assert "TrivialAugmentWide" in error and "0.12" in error
 
 
-def test_erased_parts_have_the_mean_colour(images):
-    erase = main.build_augmentation(parse("--random-erasing", 1)) if TORCH >= (2, 0) else None
-    if erase is None:
-        pytest.skip("torchvision has RandomErasing of this form since 0.12")
+@needs_erasing
+def test_erased_parts_have_the_mean_colour():
+    erase = main.build_augmentation(parse("--random-erasing", 1))
+    torch.manual_seed(1)
     crop = erase(np.zeros((32, 32, 3), np.uint8))
     colours = {tuple(pixel) for pixel in crop.reshape(-1, 3).tolist()}
     assert colours == {(0, 0, 0), tuple(int(255 * mean) for mean in main.MEAN)}

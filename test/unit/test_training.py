@@ -14,6 +14,11 @@ import mnasnet
 from helpers import (STEADY, TORCH, differences, losses, needs_bf16, parse, read_checkpoint,
                      read_metrics, run_main, several, the_error)
 
+try:
+    from torch.utils._python_dispatch import TorchDispatchMode
+except ImportError:
+    TorchDispatchMode = object
+
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     flags = parse("--lr", "1", "--epochs", "10", "--warmup", "2")
@@ -98,6 +103,37 @@ def test_the_tags_of_tensorboard(images, run_here, monkeypatch):
              for name in ("loss", "acc1", "lr", "fps")]
     values = [(f"val/{name}", epoch) for epoch in (0, 1) for name in ("loss", "acc1", "acc5")]
     assert sorted(writers[0].points) == sorted(steps + values)
+
+class NoHostCopy(TorchDispatchMode):
+    """Fails where a value is read back from the device: its operators are the same on a card."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(operator), "a step reads a value back"
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(TORCH < (2, 0), reason="this torch has no TorchDispatchMode")
+@pytest.mark.parametrize("level", ["O0", "O1", "O2"])
+def test_a_step_waits_for_nothing(images, monkeypatch, run_here, level):
+    steps = []
+    for name in ("train_step", "mix_batch"):
+        def watched(*args, function=getattr(main, name), **kwargs):
+            with NoHostCopy():
+                steps.append(name)
+                return function(*args, **kwargs)
+        monkeypatch.setattr(main, name, watched)
+    update = main.EpochMeter.update
+
+    def watched_update(*args):
+        with NoHostCopy():
+            update(*args)
+
+    monkeypatch.setattr(main.EpochMeter, "update", watched_update)
+    result = run_here(images, "--epochs", 1, "--opt-level", level, "--ema", 0.9, "--mixup", 0.2,
+                      "--cutmix", 1, "--clip-grad", 1, "--accumulate", 2)
+    assert len(losses(result)) == 4 and len(steps) == 8
+    with pytest.raises(AssertionError), NoHostCopy():
+        torch.ones(1).item()
 
 
 @pytest.mark.slow
