@@ -125,7 +125,7 @@ RECIPES = {
         norm_weight_decay=0, label_smoothing=0.1, auto_augment="ta", random_erasing=0.1, mixup=0.2,
         cutmix=1.0, ema=0.9989, ema_steps=32, train_crop_size=176, val_resize_size=232,
         val_crop_size=224),
-    "small": dict(epochs=20, lr=0.03, batch_size=32, warmup=1, dropout=0, train_crop_scale=0.6),
+    "small": dict(epochs=20, lr=0.03, batch_size=32, warmup=1, dropout=0, train_crop_scale=0.85),
 }
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

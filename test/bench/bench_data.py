@@ -115,8 +115,11 @@ def main():
             columns["classic"][ours] = classic
             columns["decode"].update({classic: bound, ours: bound})
         augmented = "main.py, TrivialAugment, RandomErasing"
-        loads[augmented] = augmented_pipeline(flags.size)
-        columns["main.py, training"] = {augmented: "main.py, training"}
+        try:
+            loads[augmented] = augmented_pipeline(flags.size)
+            columns["main.py, training"] = {augmented: "main.py, training"}
+        except trainer.UserError as error:
+            print(error)
         for load in loads.values():
             load(paths[0])  # imports and first allocations are not measured
         rows = {name: functools.partial(measure, load, paths) for name, load in loads.items()}
