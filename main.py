@@ -1807,18 +1807,18 @@ def seed_step(run):
     run draws the same, with no generator state in its checkpoint."""
     entropy = (run.seed, run.epoch, run.images, run.runtime.rank)
     draw = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    torch.manual_seed(draw)
+    (run.runtime.module or torch.default_generator).manual_seed(draw)  # not of all devices: slow
     return np.random.RandomState(draw)
 
 def train_step(run, images, targets):
     """Takes one optimizer step on images [n, 3, S, S] and targets, [n] or probabilities [n, C];
     returns loss and logits, detached, on the device: nothing here waits for it."""
     losses, outputs = [], []
+    no_sync = getattr(run.train_model, "no_sync", contextlib.nullcontext)  # of several processes
     parts = list(zip(images.chunk(run.flags.accumulate), targets.chunk(run.flags.accumulate)))
     for number, (part, part_targets) in enumerate(parts, 1):
         last = number == len(parts)
-        sums = last or run.group.size == 1  # gradients over the ranks
-        with contextlib.nullcontext() if sums else run.train_model.no_sync():
+        with contextlib.nullcontext() if last else no_sync():
             with run.precision.autocast():
                 logits = run.train_model(part)
                 loss = smoothed_cross_entropy(logits, part_targets, run.flags.label_smoothing)

@@ -39,3 +39,13 @@ def test_fine_tuning_ends_with_its_table(images):
                           universal_newlines=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall(r"^(?:from scratch|fine-tuned.*): mean \d+\.\d$", done.stdout, re.M)) == 3
+
+
+@pytest.mark.slow
+def test_recipes_end_with_their_table(images):
+    command = [sys.executable, str(ROOT / "test" / "bench" / "bench_recipes.py"), str(images),
+               "--epochs", "1", "--rows", "rmsprop,small"] + SMALL
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,
+                          universal_newlines=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^(?:rmsprop|small): mean \d+\.\d$", done.stdout, re.M)) == 2
