@@ -525,6 +525,26 @@ def fused(apex, level="O2"):
     return (precision, *precision.initialize(model, optimizer))
 
 
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_the_fused_optimizer_steps_each_group_with_its_weight_decay(ascend, level):
+    flags = main.parse_args(["data", "--lr", "0.1", "--wd", "0.5", "--bias-weight-decay", "0"])
+    precision = ascend.precision("--loss-scale", "2", level=level)
+    model = torch.nn.Linear(2, 2).to(ascend.device)
+    groups = main.parameter_groups(model, precision.prepare(model), flags)
+    assert len(groups) == 2
+    runtime = main.Runtime(ascend.backend, ascend.device)
+    optimizer = main.build_optimizer(flags, runtime, precision, groups)
+    assert type(optimizer).__name__ == "NpuFusedSGD"
+    model, optimizer = precision.initialize(model, optimizer)
+    parameters = main.optimizer_parameters(optimizer)
+    assert [parameter.dim() for parameter in parameters] == [2, 1]
+    before = [parameter.detach().clone() for parameter in parameters]
+    ascend.step(precision, model, optimizer)
+    for now, then, decay in zip(parameters, before, (0.5, 0)):
+        expected = then - 0.1 * 1.9 * (1 + decay * then)  # the first step of Nesterov's momentum
+        assert torch.allclose(now, expected, atol=1e-3), now
+
+
 def test_the_fused_optimizer_needs_amp(ascend):
     model = torch.nn.Linear(2, 2).to(ascend.device)
     from apex.optimizers import NpuFusedSGD

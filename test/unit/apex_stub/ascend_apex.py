@@ -5,7 +5,7 @@ pass, once there are some, move into one block of memory for each type, which st
 NpuFusedSGD the weights and, at its first step, the momentum do so too, and steps see the blocks
 only: a tensor that is put in the place of a gradient is ignored. One rule is the stub's own: a
 backward pass whose gradients are not in their blocks is an error. Left out are the padding between
-the tensors of a block, parameter groups, and what else theirs can do.
+the tensors of a block, and what else theirs can do.
 """
 
 import sys
@@ -34,8 +34,9 @@ def is_fused(optimizer):
 
 
 class CombinedStash(amp.Stash):
-    """Gradients in blocks: ``half_grads``, ``master_grads`` and ``float_grads``; in ``weights`` the
-    pairs of blocks that NpuFusedSGD updates: parameters and the block of their gradients."""
+    """Gradients in blocks: ``half_grads``, ``master_grads`` and ``float_grads``; in ``weights`` what
+    NpuFusedSGD updates, for each group: it, its parameters, their block and that of their
+    gradients."""
 
     def __init__(self, optimizer, has_masters):
         super().__init__(optimizer, has_masters)
@@ -53,11 +54,19 @@ class CombinedStash(amp.Stash):
         self.half_grads = combine(self.half_places)
         self.master_grads = combine([parameter.grad for parameter in self.masters])
         self.float_grads = combine([parameter.grad for parameter in self.floats])
-        if is_fused(self.optimizer):
-            for parameters, grads in ((self.masters, self.master_grads),
-                                      (self.floats, self.float_grads)):
-                if parameters:
-                    self.weights.append((combine(parameters), parameters, grads))
+        for everything, grads in ((self.masters, self.master_grads),
+                                  (self.floats, self.float_grads)):
+            self.add_weights(everything, grads)
+
+    def add_weights(self, everything, grads):
+        """Divides a block of gradients among the groups, in whose order it lies."""
+        ids, start = {id(parameter) for parameter in everything}, 0
+        for group in self.optimizer.param_groups if is_fused(self.optimizer) else ():
+            own = [parameter for parameter in group["params"] if id(parameter) in ids]
+            end = start + sum(parameter.numel() for parameter in own)
+            if own:
+                self.weights.append((group, own, combine(own), grads[start:end]))
+            start = end
 
     def blocks(self):
         return [block for block in (self.half_grads, self.master_grads, self.float_grads)
@@ -125,10 +134,10 @@ class NpuFusedSGD(torch.optim.Optimizer):
     def step(self, closure=None):
         if not hasattr(self, "_amp_stash"):
             raise RuntimeError("NpuFusedSGD takes steps under amp only")
-        stash, group = self._amp_stash, self.param_groups[0]
+        stash = self._amp_stash
         stash.combine()
-        is_first = self.combine_momenta(group)
-        for (weights, _, grads), momentum in zip(stash.weights, self.momenta):
+        is_first = self.combine_momenta()
+        for (group, _, weights, grads), momentum in zip(stash.weights, self.momenta):
             grads = grads.add(weights, alpha=group["weight_decay"])
             if group["momentum"]:
                 if is_first:
@@ -139,12 +148,12 @@ class NpuFusedSGD(torch.optim.Optimizer):
                 grads = grads.add(momentum, alpha=group["momentum"]) if nesterov else momentum
             weights.add_(grads, alpha=-group["lr"])
 
-    def combine_momenta(self, group):
+    def combine_momenta(self):
         """Makes the blocks at the first step, of what a checkpoint gave; whether it gave none."""
         is_first = False
         if self.momenta is None:
             self.momenta = []
-            for _, parameters, _ in self._amp_stash.weights:
+            for group, parameters, _, _ in self._amp_stash.weights:
                 for parameter in parameters if group["momentum"] else ():
                     state = self.state[parameter]
                     is_first = is_first or "momentum_buffer" not in state
