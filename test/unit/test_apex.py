@@ -367,11 +367,16 @@ def start(trained, tmp_path):
     return "start"
 
 
-@pytest.mark.parametrize("level,scale,unskipped", [
-    ("O1", "dynamic", 3), ("O2", "dynamic", 3), ("O2", "2", 0)])
-def test_train_and_resume(apex, images, start, tmp_path, level, scale, unskipped):
+# Gradients in parts, several groups of parameters, and what is done to the gradients and weights.
+PIECES = ["--accumulate", 2, "--norm-weight-decay", 0, "--clip-grad", 1, "--ema", 0.9]
+
+
+@pytest.mark.parametrize("level,scale,unskipped,more", [
+    ("O1", "dynamic", 3, []), ("O2", "dynamic", 3, []), ("O2", "2", 0, []),
+    ("O1", "dynamic", 3, PIECES), ("O2", "dynamic", 3, PIECES)])
+def test_train_and_resume(apex, images, start, tmp_path, level, scale, unskipped, more):
     arguments = [images, *NEW_RUN, "--epochs", 4, "--seed", 1, "--opt-level", level,
-                 "--loss-scale", scale]
+                 "--loss-scale", scale, *more]
     assert apex.run(*arguments, "--resume", start) == 0
     whole, before = read_checkpoint(tmp_path), read_checkpoint(tmp_path, start)
     assert whole["amp"] == {"loss_scaler0": {"loss_scale": 2.0, "unskipped": unskipped + 8}}
@@ -388,6 +393,7 @@ def test_train_and_resume(apex, images, start, tmp_path, level, scale, unskipped
     assert scale != "dynamic" or resumed["amp"] == whole["amp"]
     assert differences(whole["state_dict"], resumed["state_dict"]) == []
     assert differences(whole["optimizer"], resumed["optimizer"]) == []
+    assert differences(whole.get("ema"), resumed.get("ema")) == []
 
 
 @pytest.mark.parametrize("level", ["O1", "O2"])

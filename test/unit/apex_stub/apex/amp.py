@@ -4,7 +4,7 @@ What it keeps of apex: ``initialize`` takes a model before DistributedDataParall
 fp32 tensors on the card, and at most one optimizer, once. O2 makes the parameters float16, except
 those of BatchNorm; the model then takes and returns fp32, its state_dict is in fp32, and the
 optimizer updates fp32 masters, made at its first use. Every loss goes through ``scale_loss``, which
-unscales the gradients. Only a dynamic scale looks for an overflow, skips the step and moves. A
+unscales the gradients (here at once, also with delay_unscale). Only a dynamic scale looks for an overflow, skips the step and moves. A
 fixed scale of 1 without masters does nothing at all. Messages are printed unless verbosity is 0.
 
 What it leaves out: the casts of O1; the arithmetic of O2 in float16 (weights, gradients, images and
@@ -161,7 +161,7 @@ def initialize_with(stash, model, optimizer, opt_level, scaler, verbosity):
            verbosity=verbosity, optimizer=optimizer is not None)
     _say(f"apex prepares a model for {opt_level}")
     _check(model)
-    if optimizer and [id(p) for p in master_params(optimizer)] != [id(p) for p in parameters]:
+    if optimizer and {id(p) for p in master_params(optimizer)} != {id(p) for p in parameters}:
         raise RuntimeError("the optimizer's parameters are not the model's")
     if opt_level == "O2":
         _convert(model)
@@ -227,7 +227,8 @@ def scale_loss(loss, optimizers, loss_id=0, model=None, delay_unscale=False,
     stash.before_backward()
     yield loss.float() * scaler.scale
     overflow = stash.after_backward(scaler)
-    scaler.update(overflow)
+    if not delay_unscale:  # of the parts of a step the last moves the scale
+        scaler.update(overflow)
     if overflow:
         step = optimizers.step
 
