@@ -223,6 +223,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("precision").add_argument
     add("--opt-level", choices=["O0", "O1", "O2"],
         help="fp32, autocast, or fp32 master weights (default: O1 on npu and gpu, O0 on cpu)")
+    add("--amp-dtype", choices=["float16", "bfloat16"],
+        help="of O1 and O2 (default: float16 on npu and gpu, bfloat16 on cpu)")
     add("--compile", action="store_true", help="train with torch.compile")
     add("--loss-scale", type=real(tiny, word="dynamic"), default="dynamic", help="or a number")
     add("--amp-backend", choices=["auto", "apex", "native"], default="auto",
@@ -987,7 +989,10 @@ def optimizer_parameters(optimizer):
 def find_apex(flags, backend):
     """Returns apex.amp where it is asked for, or available and made for this device, else None for
     native; and the reason against an apex that is installed."""
-    if flags.amp_backend == "native" or (backend.name == "cpu" and flags.amp_backend == "auto"):
+    if flags.amp_backend == "apex" and flags.amp_dtype == "bfloat16":
+        raise UserError("--amp-dtype bfloat16: apex has float16 alone, use --amp-backend native")
+    unfit = backend.name == "cpu" or flags.amp_dtype == "bfloat16"
+    if flags.amp_backend == "native" or (unfit and flags.amp_backend == "auto"):
         return None, ""
     try:
         from apex import amp
@@ -1003,9 +1008,20 @@ def find_apex(flags, backend):
         raise UserError(f"--amp-backend apex: {reason}. --amp-backend native computes the same")
     return None, reason
 
+def low_precision(flags, runtime):
+    """Returns what O1 and O2 compute in. Raises UserError where the card or torch lacks it."""
+    backend, module = runtime.backend, runtime.module
+    dtype = getattr(torch, flags.amp_dtype or "", backend.amp_dtype)
+    if dtype != backend.amp_dtype and not (
+            module and hasattr(module, "is_bf16_supported") and module.is_bf16_supported()):
+        raise UserError(f"--amp-dtype {flags.amp_dtype} is not available on this {backend.name} "
+                        f"with torch {torch.__version__}: use {str(backend.amp_dtype)[6:]}")
+    return dtype
+
 def find_native_amp(backend, dtype):
     """Returns what makes an autocast context for the device, or None, and a gradient scaler."""
-    if backend.name == "npu" and hasattr(getattr(torch.npu, "amp", None), "autocast"):
+    own = backend.name == "npu" and hasattr(getattr(torch.npu, "amp", None), "autocast")
+    if own and dtype == torch.float16:
         return torch.npu.amp.autocast, torch.npu.amp.GradScaler  # reads older cards' overflow flag
     autocast, scaler = None, torch.cuda.amp.GradScaler
     if TORCH >= (1, 10):
@@ -1035,7 +1051,7 @@ class Precision:
         apex, self.note = find_apex(flags, backend) if asked_for else (None, "")
         self.apex = apex if low else None
         self.ascend_options = {"combine_grad": True} if backend.name == "npu" else {}  # of apex
-        self.conv_dtype = backend.amp_dtype if low else torch.float32
+        self.conv_dtype = low_precision(flags, runtime) if low else torch.float32
         native_o2 = self.level == "O2" and not self.apex
         self.input_dtype = self.conv_dtype if native_o2 else torch.float32
         self.uses_loss_scale = self.conv_dtype == torch.float16
@@ -1466,8 +1482,9 @@ def adopt_flags(flags, checkpoint):
     saved = dict(checkpoint.get("flags", {}))
     if checkpoint.get("arch") in mnasnet.ARCHITECTURES:  # timm's have other names
         saved["arch"] = checkpoint["arch"]
-    names = ("arch", "bn_eps", "val_resize_size", "val_crop_size", "opt_level")
-    words = {name: f"--{name.replace('_', '-')}={saved[name]}" for name in names if name in saved}
+    names = ("arch", "bn_eps", "val_resize_size", "val_crop_size", "opt_level", "amp_dtype")
+    words = {name: f"--{name.replace('_', '-')}={saved[name]}" for name in names
+             if saved.get(name) is not None}
     adopted = parse_args([*words.values(), *flags.argv])  # of a flag that comes twice, the last
     return adopted, [word for name, word in words.items()
                      if getattr(adopted, name) != getattr(flags, name)]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import main
-from helpers import TORCH, cpu_runtime, losses, needs_bf16, parse, read_checkpoint, the_error
+from helpers import (TORCH, counts, cpu_runtime, losses, needs_bf16, parse, read_checkpoint,
+                     run_main, the_error)
 
 LEVELS = pytest.mark.parametrize("level", ["O1", "O2"])
 CPU = cpu_runtime()
@@ -60,3 +61,27 @@ def test_master_weights_keep_the_memory_of_their_gradients():
         parameters = main.optimizer_parameters(optimizer)
         addresses.append([parameter.grad.data_ptr() for parameter in parameters])
     assert addresses[0] == addresses[1]
+
+
+def test_a_low_precision_that_the_device_lacks_is_refused(images, run_here):
+    error = the_error(run_here(images, "--opt-level", "O1", "--amp-dtype", "float16"))
+    assert "--amp-dtype float16 is not available on this cpu" in error
+
+
+def test_bfloat16_is_not_for_apex(images, run_here):
+    arguments = ["--opt-level", "O1", "--amp-dtype", "bfloat16", "--amp-backend", "apex"]
+    assert "--amp-backend native" in the_error(run_here(images, *arguments))
+
+
+@pytest.mark.slow
+@LEVELS
+def test_bfloat16_on_npu(npu, images, tmp_path, level):
+    arguments = [images, "--device", "npu", "--opt-level", level, "--amp-dtype", "bfloat16",
+                 "--epochs", 1]
+    result = run_main(*arguments, cwd=tmp_path, **npu)
+    assert len(losses(result)) == 4 and f"{level} (bfloat16)" in result.stdout
+    assert read_checkpoint(tmp_path)["amp"] == {}  # no loss scale
+    evaluated = run_main(images, "--device", "npu", "-e", "--resume", "checkpoint.pth.tar",
+                         cwd=tmp_path, **npu)
+    assert counts(evaluated) == counts(result)
+    assert "--amp-dtype=bfloat16" in evaluated.stdout

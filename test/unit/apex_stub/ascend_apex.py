@@ -34,9 +34,8 @@ def is_fused(optimizer):
 
 
 class CombinedStash(amp.Stash):
-    """Gradients in blocks: ``half_grads``, ``master_grads`` and ``float_grads``; in ``weights`` what
-    NpuFusedSGD updates, for each group: it, its parameters, their block and that of their
-    gradients."""
+    """Gradients in blocks: ``half_grads``, ``master_grads`` and ``float_grads``. ``weights`` holds
+    what NpuFusedSGD updates: groups, their parameters, their block and that of the gradients."""
 
     def __init__(self, optimizer, has_masters):
         super().__init__(optimizer, has_masters)

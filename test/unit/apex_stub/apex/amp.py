@@ -4,8 +4,9 @@ What it keeps of apex: ``initialize`` takes a model before DistributedDataParall
 fp32 tensors on the card, and at most one optimizer, once. O2 makes the parameters float16, except
 those of BatchNorm; the model then takes and returns fp32, its state_dict is in fp32, and the
 optimizer updates fp32 masters, made at its first use. Every loss goes through ``scale_loss``, which
-unscales the gradients (here at once, also with delay_unscale). Only a dynamic scale looks for an overflow, skips the step and moves. A
-fixed scale of 1 without masters does nothing at all. Messages are printed unless verbosity is 0.
+unscales the gradients (here at once, also with delay_unscale). Only a dynamic scale looks for an
+overflow, skips the step and moves. A fixed scale of 1 without masters does nothing at all. Messages
+are printed unless verbosity is 0.
 
 What it leaves out: the casts of O1; the arithmetic of O2 in float16 (weights, gradients, images and
 logits are float16, but the network computes in fp32, as old versions of torch have no float16
