@@ -6,6 +6,7 @@ one of 8    the same with --local_rank 3
 2 nodes     the same on each, with --world-size 2 --rank 0 (or 1) --dist-url tcp://node0:29500
 torchrun    torchrun --nproc_per_node 8 main.py /data/imagenet
 CPU         python main.py /data/imagenet --device cpu -b 64
+recipe      python main.py /data/imagenet --recipe strong -b 1024
 evaluate    python main.py /data/imagenet -e --resume model_best.pth.tar
 benchmark   python main.py --synthetic 5120 --epochs 1 -b 512
 
