@@ -1968,10 +1968,9 @@ def train(run):
         save(run, best, best_ema)
         if run.runtime.rank == 0:
             write_metrics(run)
-        ema = f", EMA {row['ema_acc1']:.2f}" if run.ema else ""
         run.log(f"=> epoch {row['epoch']}: {row['seconds']:.1f} s, train loss "
                 f"{row['train_loss']:.4f} Acc@1 {row['train_acc1']:.2f}, val loss "
-                f"{row['val_loss']:.4f} Acc@1 {row['acc1']:.2f} (best {run.best_acc1:.2f}{ema}), "
+                f"{row['val_loss']:.4f} Acc@1 {row['acc1']:.2f} (best {run.best_acc1:.2f}), "
                 f"FPS {row['fps']:.2f} ( {row['fps']:.2f} )")
     if not run.history:
         raise UserError(f"next epoch {run.epoch}, --epochs {run.flags.epochs}: nothing to do")
@@ -2063,7 +2062,7 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
     run.log(f"=> {flags.arch} on {runtime.device}{notes}, {group.size} process(es) with batch size "
             f"{batch_size}, {workers} worker(s) each, {precision}, seed {seed}")
     if flags.recipe:
-        values = (f"{name} {getattr(flags, name)}" for name in RECIPES[flags.recipe])
+        values = (f"{name}={getattr(flags, name)}" for name in RECIPES[flags.recipe])
         run.log(textwrap.fill(f"=> recipe {flags.recipe}: {', '.join(values)}", 100))
     if flags.synthetic and flags.data:
         run.log(f"=> --synthetic: {flags.data} is not read")
