@@ -1605,14 +1605,15 @@ def write_metrics(run):
 
 def restore_ranks(run, checkpoint):
     """Restores what each rank had of its own, or an equal part where their number has changed."""
-    stats, totals = checkpoint["running_stats"], checkpoint["totals"]
-    rank, same = run.runtime.rank, len(stats) == run.group.size
-    set_running_stats(run.model, stats[rank] if same else stats.mean(0))
-    if run.ema and "ema" in checkpoint:
-        saved = checkpoint["ema"]
-        run.ema.model.load_state_dict(saved["state_dict"])
-        run.ema.step, stats = int(saved["step"]), saved["running_stats"]
-        set_running_stats(run.ema.model, stats[rank] if same else stats.mean(0))
+    totals, ema = checkpoint["totals"], checkpoint.get("ema")
+    rank, same = run.runtime.rank, len(totals) == run.group.size
+    restored = [(run.model, checkpoint["running_stats"])]
+    if run.ema and ema:
+        run.ema.model.load_state_dict(ema["state_dict"])
+        run.ema.step = int(ema["step"])
+        restored.append((run.ema.model, ema["running_stats"]))
+    for model, stats in restored:
+        set_running_stats(model, stats[rank] if same else stats.mean(0))
     if totals.shape[1] == len(run.totals):  # else of an earlier version
         run.totals.copy_(totals[rank] if same else totals.sum(0) / run.group.size)
     saved = dict(vars(parse_args(["data"])), **checkpoint.get("flags", {}))
