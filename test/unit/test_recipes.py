@@ -248,7 +248,7 @@ def test_ema_is_that_of_torch():
 @pytest.mark.parametrize("extra", [
     pytest.param([], id="O0"),
     pytest.param(["--opt-level", "O2"], id="O2", marks=[needs_bf16, pytest.mark.slow]),
-    pytest.param(several(3), id="3 processes", marks=pytest.mark.slow)])
+    pytest.param([*several(3), "-b", 24], id="3 processes", marks=pytest.mark.slow)])
 def test_the_best_averaged_model_is_kept(images, run_here, tmp_path, extra):
     result = run_main(images, "--epochs", 2, "--ema", 0.99, *STEADY, *extra, cwd=tmp_path)
     assert losses(result)
