@@ -76,12 +76,18 @@ def test_the_rate_scales_with_the_images_of_a_step(images, run_here, tmp_path):
     assert read_checkpoint(tmp_path)["flags"]["lr"] == 0.04
 
 
+O0, O1, O2 = (["--opt-level", level] for level in ("O0", "O1", "O2"))
+
+
 @pytest.mark.slow
-@RECIPES
-@pytest.mark.parametrize("extra", [
-    pytest.param(["--opt-level", "O0"], id="O0"),
-    pytest.param(["--opt-level", "O1"], id="O1", marks=needs_bf16),
-    pytest.param(["--opt-level", "O2", *several(2)], id="O2, 2 processes", marks=needs_bf16)])
+@pytest.mark.parametrize("recipe,extra", [
+    pytest.param("modelzoo", O0, id="modelzoo, O0"),
+    pytest.param("rmsprop", O0, id="rmsprop, O0"),
+    pytest.param("rmsprop", O2 + several(2), id="rmsprop, O2, 2 processes", marks=needs_bf16),
+    pytest.param("strong", O0, id="strong, O0", marks=needs_policies),
+    pytest.param("strong", O1, id="strong, O1", marks=needs_bf16),
+    pytest.param("strong", O2 + several(2), id="strong, O2, 2 processes", marks=needs_bf16),
+    pytest.param("small", O1, id="small, O1", marks=needs_bf16)])
 def test_an_interrupted_recipe_ends_as_an_uninterrupted_one(
         images, run_here, tmp_path, recipe, extra):
     def run(folder, *more):
@@ -102,11 +108,10 @@ def test_an_interrupted_recipe_ends_as_an_uninterrupted_one(
 @pytest.mark.slow
 @RECIPES
 def test_a_recipe_trains_on_npu(npu, images, tmp_path, recipe):
-    arguments = [images, "--recipe", recipe, *SHORT, "--device", "npu", "--loss-scale", 1]
-    for level in ("O1", "O2"):
-        result = run_main(*arguments, "--opt-level", level, "--epochs", 1, cwd=tmp_path,
-                          small=False, **npu)
-        assert len(losses(result)) == 4 and "npu:0" in result.stdout
+    level = "O1" if recipe in ("modelzoo", "small") else "O2"
+    result = run_main(images, "--recipe", recipe, *SHORT, "--device", "npu", "--loss-scale", 1,
+                      "--opt-level", level, "--epochs", 1, cwd=tmp_path, small=False, **npu)
+    assert len(losses(result)) == 4 and "npu:0" in result.stdout
 
 
 # Optimizer and schedule
