@@ -431,6 +431,7 @@ class ProcessGroup:
         """Raises UserError where not all ranks are found at --dist-url in time."""
         self.rank, self.size = runtime.rank, runtime.world_size
         self.signal = 0  # that this process has received
+        self.checkpoint = None  # path of the last one
         self.waiting = False  # for images, which need not be waited for after a signal
         self.step_end, self.step_seconds = time.monotonic(), 0.0
         self.ended = threading.Event()
@@ -481,11 +482,12 @@ class ProcessGroup:
     def handle_signals(self, checkpoint):
         """Inside, a signal is a request to save and end; ``checkpoint`` is the path of the last.
         Python's handler waits for the end of an operation, so a thread watches beside it."""
+        self.checkpoint = checkpoint
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         install_handler(self.receive_signal)
-        threading.Thread(target=self.end_in_time, args=(reader, checkpoint), daemon=True).start()
+        threading.Thread(target=self.end_in_time, args=(reader,), daemon=True).start()
         try:
             yield
         finally:
@@ -501,16 +503,19 @@ class ProcessGroup:
             self.waiting = False
             raise Stopped(signum)
 
-    def end_in_time(self, reader, checkpoint):
+    def end_in_time(self, reader):
         """Ends the process 30 s and two steps after a signal, where other ranks or loaders hang."""
         for received in iter(lambda: os.read(reader, 1), b""):
             signum = received[0]  # Python writes that of each child's end, too
             if signum in SIGNALS and not self.ended.wait(30 + 2 * self.step_seconds):
-                saved = checkpoint and os.path.exists(checkpoint)
-                print(f"=> {signal.Signals(signum).name}: stopped without saving, as no step "
-                      f"ended; the last checkpoint is {checkpoint if saved else 'none'}",
-                      file=sys.stderr, flush=True)
-                os._exit(128 + signum)
+                self.stop_unsaved(signum)
+
+    def stop_unsaved(self, signum):
+        saved = self.checkpoint and os.path.exists(self.checkpoint)
+        print(f"=> {signal.Signals(signum).name}: stopped without saving, as no step ended; the "
+              f"last checkpoint is {self.checkpoint if saved else 'none'}",
+              file=sys.stderr, flush=True)
+        os._exit(128 + signum)
 
     def sync_step(self, unreadable):
         """Returns any rank's signal, or 0, and the number of unreadable images of all ranks."""
@@ -535,6 +540,8 @@ class ProcessGroup:
         collective = re.search("gloo|nccl|hccl|ProcessGroup|Connection", str(error), re.I)
         if self.size == 1 or not (collective and isinstance(error, RuntimeError)):
             return machine_error(error)
+        if self.signal:  # another rank, which has it too, was the first to end
+            self.stop_unsaved(self.signal)
         message = f"does not respond ({first_line(error)}): see its output, then --resume auto"
         silent = ["rank 0"]  # which holds the store
         with self.time_limit(8, f"rank 0 {message}"), contextlib.suppress(RuntimeError):
