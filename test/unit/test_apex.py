@@ -373,7 +373,8 @@ PIECES = ["--accumulate", 2, "--norm-weight-decay", 0, "--clip-grad", 1, "--ema"
 
 @pytest.mark.parametrize("level,scale,unskipped,more", [
     ("O1", "dynamic", 3, []), ("O2", "dynamic", 3, []), ("O2", "2", 0, []),
-    ("O1", "dynamic", 3, PIECES), ("O2", "dynamic", 3, PIECES)])
+    pytest.param("O1", "dynamic", 3, PIECES, marks=pytest.mark.slow),
+    pytest.param("O2", "dynamic", 3, PIECES, marks=pytest.mark.slow)])
 def test_train_and_resume(apex, images, start, tmp_path, level, scale, unskipped, more):
     arguments = [images, *NEW_RUN, "--epochs", 4, "--seed", 1, "--opt-level", level,
                  "--loss-scale", scale, *more]
