@@ -965,16 +965,16 @@ def mix_batch(images, targets, num_classes, flags, rng):
     """Returns images [n, 3, S, S] and probabilities of the classes [n, C] after MixUp (Zhang et
     al., 2017, arXiv 1710.09412) or CutMix (Yun et al., 2019, arXiv 1905.04899), as torchvision
     computes them: each image is mixed with the one before it. Without --mixup and --cutmix returns
-    images and targets as they are. ``rng`` is a numpy RandomState."""
+    images and targets as they are."""
     if not (flags.mixup or flags.cutmix):
         return images, targets
-    cut = flags.cutmix and (not flags.mixup or rng.random_sample() < 0.5)
+    cut = flags.cutmix and (not flags.mixup or rng.random() < 0.5)
     alpha = flags.cutmix if cut else flags.mixup
-    share = rng.beta(alpha, alpha)  # that the image keeps
+    share = rng.betavariate(alpha, alpha)  # that the image keeps
     others = images.roll(1, 0)
     if cut:
         height, width = images.shape[2:]
-        x, y, half = rng.randint(width), rng.randint(height), 0.5 * math.sqrt(1 - share)
+        x, y, half = rng.randrange(width), rng.randrange(height), 0.5 * math.sqrt(1 - share)
         left, right = max(0, x - int(half * width)), min(width, x + int(half * width))
         top, bottom = max(0, y - int(half * height)), min(height, y + int(half * height))
         images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
@@ -1484,6 +1484,10 @@ def read_checkpoint(path):
             reason = f"it could run code ({code.group(1)}): save its tensors alone, as a state_dict"
         raise UserError(f"{path} can't be read as a checkpoint: {first_line(reason)}")
 
+def saved_flags(checkpoint):
+    """Returns the flags that a checkpoint was trained with; of those that it lacks the defaults."""
+    return dict(vars(parse_args(["data"])), **checkpoint.get("flags", {}))
+
 def adopt_flags(flags, checkpoint):
     """Returns the flags of an evaluation, with those of its checkpoint where the command line gives
     no others, and a list of what was taken from there."""
@@ -1623,7 +1627,7 @@ def restore_ranks(run, checkpoint):
         set_running_stats(model, stats[rank] if same else stats.mean(0))
     if totals.shape[1] == len(run.totals):  # else of an earlier version
         run.totals.copy_(totals[rank] if same else totals.sum(0) / run.group.size)
-    saved = dict(vars(parse_args(["data"])), **checkpoint.get("flags", {}))
+    saved = saved_flags(checkpoint)
     changes = [f"{name.replace('_', ' ')} {saved.get(name)}, now {value}"
                for name, value in settings(run).items() if saved.get(name) != value]
     if changes:
@@ -1829,12 +1833,12 @@ class Run:
             raise UserError(f"can't write to stdout: {error.strerror}")
 
 def seed_step(run):
-    """Seeds dropout, and returns a numpy RandomState, from (seed, epoch, images, rank): a resumed
-    run draws the same, with no generator state in its checkpoint."""
+    """Seeds dropout, and returns a Random, from (seed, epoch, images, rank): a resumed run draws
+    the same, with no generator state in its checkpoint."""
     entropy = (run.seed, run.epoch, run.images, run.runtime.rank)
     draw = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     (run.runtime.module or torch.default_generator).manual_seed(draw)  # not of all devices: slow
-    return np.random.RandomState(draw)
+    return random.Random(draw)
 
 def train_step(run, images, targets):
     """Takes one optimizer step on images [n, 3, S, S] and targets, [n] or probabilities [n, C];

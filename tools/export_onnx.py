@@ -27,7 +27,7 @@ def load_model(path, arch, size):
     """Returns the model and its metadata; raises UserError where the file does not hold them."""
     checkpoint = trainer.read_checkpoint(path)
     with trainer.loading(path):
-        flags = dict(vars(trainer.parse_args(["--synthetic", "1"])), **checkpoint.get("flags", {}))
+        flags = trainer.saved_flags(checkpoint)
         names = [arch, checkpoint.get("arch"), flags["arch"]]
         arch = [name for name in names if name in mnasnet.ARCHITECTURES][0]  # timm has other names
         classes = checkpoint.get("classes")

@@ -26,9 +26,9 @@ def read_metrics(folder):
     with open(path, newline="", encoding="utf-8") as file:
         try:
             for line, row in enumerate(csv.DictReader(file), 2):
+                row = {"ema_loss": "nan", "ema_acc1": "nan", **row}  # which only --ema writes
                 for name, values in columns.items():
-                    missing = {"ema_loss": "nan", "ema_acc1": "nan"}  # without --ema
-                    values.append(float({**missing, **row}[name]))
+                    values.append(float(row[name]))
         except (KeyError, TypeError, ValueError, csv.Error):
             raise ValueError(f"{path} is damaged: line {line} lacks a number for one of "
                              f"{', '.join(columns)}")

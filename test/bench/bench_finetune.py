@@ -6,9 +6,9 @@ half, with --images training images each. Up to --val-images of a class are for 
 is trained once a seed.
 """
 
+import functools
 import pathlib
 import re
-import statistics
 import sys
 import tempfile
 
@@ -70,16 +70,13 @@ def main():
         weights = ["--pretrained", "--weights", folder / "weights" / "model_best.pth.tar"]
         rows = {"from scratch": [], "fine-tuned": weights,
                 "fine-tuned, --freeze features": weights + ["--freeze", "features"]}
-        figures = {name: [] for name in rows}
-        for seed in range(1, flags.rounds + 1):
-            for name, options in rows.items():
-                output = folder / f"{name} {seed}"
-                figures[name].append(
-                    train(flags, folder / "small", output, flags.epochs, seed, *options))
-                print(f"seed {seed}: {name}: {figures[name][-1]}", flush=True)
-    common.print_table(figures, {}, unit="Acc@1")
-    for name, values in figures.items():
-        print(f"{name}: mean {statistics.mean(values):.1f}")
+
+        def train_row(name, seed):
+            output = folder / f"{name} {seed}"
+            return train(flags, folder / "small", output, flags.epochs, seed, *rows[name])
+
+        common.train_by_seed({name: functools.partial(train_row, name) for name in rows},
+                             flags.rounds)
     return 0
 
 

@@ -12,9 +12,9 @@ size. Each row is trained once a seed.
 """
 
 import csv
+import functools
 import pathlib
 import re
-import statistics
 import sys
 import tempfile
 
@@ -121,14 +121,8 @@ def main():
     flags = parse_args()
     print(common.describe_machine(flags.device))
     rows = make_rows(flags)
-    figures = {name: [] for name in rows}
-    for seed in range(1, flags.rounds + 1):
-        for name, (train, options) in rows.items():
-            figures[name].append(train(flags, seed, options))
-            print(f"seed {seed}: {name}: {figures[name][-1]:.1f}", flush=True)
-    common.print_table(figures, {}, unit="Acc@1")
-    for name, values in figures.items():
-        print(f"{name}: mean {statistics.mean(values):.1f}")
+    common.train_by_seed({name: functools.partial(train, flags, options=options)
+                          for name, (train, options) in rows.items()}, flags.rounds)
     return 0
 
 

@@ -300,6 +300,22 @@ def interleave(rows, rounds):
     return figures
 
 
+def train_by_seed(rows, rounds):
+    """Trains every row with each of the seeds 1 to ``rounds``; prints the accuracies and means.
+
+    Args:
+        rows: name -> a function of the seed that returns an accuracy in percent.
+    """
+    figures = {name: [] for name in rows}
+    for seed in range(1, rounds + 1):
+        for name, train in rows.items():
+            figures[name].append(train(seed))
+            print(f"seed {seed}: {name}: {figures[name][-1]:.1f}", flush=True)
+    print_table(figures, {}, unit="Acc@1")
+    for name, values in figures.items():
+        print(f"{name}: mean {statistics.mean(values):.1f}")
+
+
 # ------------------------------------------------------------------------------------------------
 # Tables
 # ------------------------------------------------------------------------------------------------

@@ -288,10 +288,10 @@ class Draws:
 
     def __init__(self, share, x=0, y=0):
         self.whole = [x, y]
-        self.beta = lambda a, b: share
-        self.random_sample = lambda: 0.1
+        self.betavariate = lambda a, b: share
+        self.random = lambda: 0.1
 
-    def randint(self, limit):
+    def randrange(self, limit):
         return self.whole.pop(0)
 
 
