@@ -2093,6 +2093,16 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
         run.tensorboard = open_tensorboard(flags.tensorboard)
     return run
 
+def prepare_training(run):
+    """Gives a run its optimizer, and its model as training wants it."""
+    parameters = run.precision.prepare(run.model)
+    groups = parameter_groups(run.model, parameters, run.flags)
+    optimizer = build_optimizer(run.flags, run.runtime, run.precision, groups)
+    run.model, run.optimizer = run.precision.initialize(run.model, optimizer)
+    if run.ema:
+        run.ema.track(run.model, run.optimizer)
+    run.train_model = wrap_for_training(run.model, run.flags, run.runtime, run.precision)
+
 def run_training(flags, runtime, group, notes):
     """Trains, evaluates or profiles."""
     checkpoint, path = find_checkpoint(flags)
@@ -2101,18 +2111,13 @@ def run_training(flags, runtime, group, notes):
             flags, taken = adopt_flags(flags, checkpoint)
         notes += f", with {' '.join(taken)} of {path}" if taken else ""
     run = build_run(flags, runtime, group, notes, checkpoint, path)
-    parameters = run.precision.prepare(run.model)
     if flags.evaluate:
+        run.precision.prepare(run.model)
         run.model, _ = run.precision.initialize(run.model)
         with group.handle_signals(None):
             loss, acc1, acc5, fps = evaluate(run, run.model)
         return print_result(run, acc1, acc5, fps, loss)
-    groups = parameter_groups(run.model, parameters, flags)
-    optimizer = build_optimizer(flags, runtime, run.precision, groups)
-    run.model, run.optimizer = run.precision.initialize(run.model, optimizer)
-    if run.ema:
-        run.ema.track(run.model, run.optimizer)
-    run.train_model = wrap_for_training(run.model, flags, runtime, run.precision)
+    prepare_training(run)
     with lock_folder(flags.output_dir) if runtime.rank == 0 else contextlib.nullcontext():
         if runtime.rank == 0:  # another node may not have the folder
             own = path and os.path.samefile(os.path.dirname(path) or ".", flags.output_dir)
