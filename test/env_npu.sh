@@ -35,8 +35,7 @@ if [[ ${etp_running_flag:-} != true ]]; then
   export ASCEND_SLOG_PRINT_TO_STDOUT="${ASCEND_SLOG_PRINT_TO_STDOUT:-0}"
   export ASCEND_GLOBAL_LOG_LEVEL="${ASCEND_GLOBAL_LOG_LEVEL:-3}"
   export ASCEND_GLOBAL_EVENT_ENABLE="${ASCEND_GLOBAL_EVENT_ENABLE:-0}"
-  # Operators are queued asynchronously; copies and combined tensors use fast kernels.
-  export TASK_QUEUE_ENABLE="${TASK_QUEUE_ENABLE:-1}"
+  # Copies and combined tensors use fast kernels.
   export PTCOPY_ENABLE="${PTCOPY_ENABLE:-1}"
   export COMBINED_ENABLE="${COMBINED_ENABLE:-1}"
   # Collectives without a list of allowed hosts; ranks wait (seconds) for the slowest to compile.

@@ -20,9 +20,6 @@ import tempfile
 
 import common
 
-TIMM_NAMES = {"mnasnet0_5": "mnasnet_050", "mnasnet0_75": "mnasnet_075",
-              "mnasnet1_0": "mnasnet_100"}
-
 
 def train_ours(flags, seed, options):
     """The best Acc@1 of a run of main.py, in percent."""
@@ -43,7 +40,7 @@ def train_with_timm(flags, seed, options):
     with tempfile.TemporaryDirectory(prefix="bench-") as output:
         common.run_python([
             pathlib.Path(flags.timm) / "train.py", "--data-dir", flags.data, "--device", "cpu",
-            "--model", TIMM_NAMES[flags.arch], "--num-classes", classes, "--seed", seed,
+            "--model", common.TIMM_NAMES[flags.arch], "--num-classes", classes, "--seed", seed,
             "--epochs", flags.epochs, "-b", flags.batch_size, "--workers", flags.workers,
             "--input-size", 3, flags.size, flags.size, "--crop-pct", 1, "--output", output,
             "--no-prefetcher", *options])

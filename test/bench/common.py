@@ -24,6 +24,8 @@ PHOTOGRAPH_SIZE = (500, 375)  # ImageNet's most frequent one
 LARGE_SIZE = (2000, 1500)  # as of a camera: files that main.py decodes at a reduced size
 CLASSES = 10
 BASELINE = "baseline"  # the name of the baseline loop in the tables
+TIMM_NAMES = {"mnasnet0_5": "mnasnet_050", "mnasnet0_75": "mnasnet_075",
+              "mnasnet1_0": "mnasnet_100"}
 
 
 class RunFailed(Exception):

@@ -49,3 +49,30 @@ def test_recipes_end_with_their_table(images):
                           universal_newlines=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall(r"^(?:rmsprop|small): mean \d+\.\d$", done.stdout, re.M)) == 2
+
+
+EXAMPLE = """
+import time
+
+print("Using device: cpu")
+for step in range(8):
+    time.sleep(0.02)
+    print(f"Epoch: [0][{step + 1}/8]\\tTime 0.02 ( 0.02)")
+for step in range(2):
+    time.sleep(0.02)
+    print(f"Test: [{step + 1}/2]\\tTime 0.02 ( 0.02)")
+"""
+
+
+@pytest.mark.slow
+def test_the_table_of_the_trainers(tmp_path):
+    (tmp_path / "main.py").write_text(EXAMPLE)
+    command = [sys.executable, str(ROOT / "test" / "bench" / "bench_trainers.py"), "--example",
+               str(tmp_path), "--levels", "O0", "--steps", "6", "--val-images", "20"] + SMALL
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,
+                          universal_newlines=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for title in ("training", "evaluation in a training run"):
+        table = done.stdout[done.stdout.index(f"\n{title}\n"):]
+        for row in ("PyTorch's example", "main.py O0"):
+            assert re.search(rf"^{row} .* \d+\.\d ", table, re.M), done.stdout

@@ -304,7 +304,7 @@ def cann(tmp_path):
 def test_cann_is_sourced(cann, tmp_path):
     error, variables = source(tmp_path, ASCEND_TOOLKIT_HOME=str(cann), HCCL_CONNECT_TIMEOUT="77")
     assert error == "" and variables["CANN_PATH"] == "here:"
-    assert variables["TASK_QUEUE_ENABLE"] == "1" and variables["HCCL_WHITELIST_DISABLE"] == "1"
+    assert variables["COMBINED_ENABLE"] == "1" and variables["HCCL_WHITELIST_DISABLE"] == "1"
     assert variables["HCCL_CONNECT_TIMEOUT"] == "77"  # the user's value stays
 
 
@@ -312,12 +312,12 @@ def test_cann_is_sourced(cann, tmp_path):
 def test_missing_cann_is_said(tmp_path):
     error, variables = source(tmp_path)
     assert error.count("\n") == 1 and "found no set_env.sh" in error
-    assert variables["TASK_QUEUE_ENABLE"] == "1"
+    assert variables["COMBINED_ENABLE"] == "1"
 
 
 def test_a_test_platform_sets_all_of_it_itself(cann, tmp_path):
     error, variables = source(tmp_path, ASCEND_TOOLKIT_HOME=str(cann), etp_running_flag="true")
-    assert error == "" and "CANN_PATH" not in variables and "TASK_QUEUE_ENABLE" not in variables
+    assert error == "" and "CANN_PATH" not in variables and "COMBINED_ENABLE" not in variables
 
 
 @pytest.mark.parametrize("device", ["npu", "cpu", "gpu", ""])

@@ -195,3 +195,30 @@ def test_processes_of_one_node_listen_to_no_network_and_end_together(images, tmp
     assert len(ranks) >= 2 and all(address in LOOPBACK for address in addresses), addresses
     assert wait_for(lambda: not processes_of(tmp_path))
     assert (tmp_path / "checkpoint.pth.tar").exists()
+
+
+class Store:
+    """In place of torch's: no rank ever counts up."""
+
+    def add(self, key, amount):
+        return 0
+
+
+@pytest.mark.parametrize("message", [
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:575] Connection closed by peer",
+    "Application timeout caused pair closure",  # torch 1.5 and 1.8
+    "Read timeout [127.0.0.1]:5000",
+    "NCCL communicator was aborted on rank 0"])
+def test_an_error_of_a_collective_names_the_silent_ranks(monkeypatch, message):
+    group = main.ProcessGroup(parse(), main.Runtime(main.BACKENDS["cpu"], "cpu"))
+    group.size, group.store = 2, Store()
+    monkeypatch.setattr(main.time, "sleep", lambda seconds: None)
+    assert group.describe(RuntimeError(message)).startswith("rank 0, rank 1 does not respond")
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("DataLoader timed out after 5 seconds"), OSError("Connection refused")])
+def test_an_error_of_the_machine_names_no_rank(error):
+    group = main.ProcessGroup(parse(), main.Runtime(main.BACKENDS["cpu"], "cpu"))
+    group.size = 2
+    assert "respond" not in group.describe(error)
