@@ -435,6 +435,7 @@ class ProcessGroup:
         self.signal = 0  # that this process has received
         self.checkpoint = None  # path of the last one
         self.waiting = False  # for images, which need not be waited for after a signal
+        self.shared = []  # see sync_step
         self.step_end, self.step_seconds = time.monotonic(), 0.0
         self.ended = threading.Event()
         if self.size == 1:
@@ -519,19 +520,33 @@ class ProcessGroup:
               file=sys.stderr, flush=True)
         os._exit(128 + signum)
 
-    def sync_step(self, unreadable):
-        """Returns any rank's signal, or 0, and the number of unreadable images of all ranks."""
+    def sync_step(self, unreadable, last):
+        """Shares the signal and the number of unreadable images of this rank's step. Returns those
+        of all ranks, any signal or 0 and the sum, from the step before, as what is shared travels
+        during the next one; of the ``last`` step, too."""
         now = time.monotonic()
         self.step_seconds, self.step_end = now - self.step_end, now
-        rows = self.gather(torch.tensor([self.signal, unreadable]))
+        self.shared.append(self.start_gather(torch.tensor([self.signal, unreadable])))
+        due = len(self.shared) - (self.size > 1 and not last)
+        rows = [self.finish_gather(*self.shared.pop(0)) for _ in range(due)]
+        rows = torch.cat(rows or [torch.zeros(1, 2)])
         return int(rows[:, 0].max()), int(rows[:, 1].sum())
+
+    def start_gather(self, row):
+        """Starts to gather the ``row`` [N] of every rank; ``finish_gather`` takes the result."""
+        rows = [row.clone() for _ in range(self.size)]
+        if self.size == 1:
+            return rows, None
+        return rows, dist.all_gather(rows, row, group=self.group, async_op=True)
+
+    def finish_gather(self, rows, work):
+        if work:
+            work.wait()
+        return torch.stack(rows)
 
     def gather(self, row):
         """Returns the ``row`` [N] of every rank as [world size, N]; on the host."""
-        rows = [row.clone() for _ in range(self.size)]
-        if self.size > 1:
-            dist.all_gather(rows, row, group=self.group)
-        return torch.stack(rows)
+        return self.finish_gather(*self.start_gather(row))
 
     def sum(self, values):
         """Returns the sums of a list of numbers over all ranks, in float64."""
@@ -1895,7 +1910,7 @@ def train_epoch(run):
         meter.update(loss, logits, targets)
         run.images += sampler.total
 
-        signum, total = run.group.sync_step(len(unreadable))
+        signum, total = run.group.sync_step(len(unreadable), last=step == steps - 1)
         bad += total
         name_bad_images(flags, data, unreadable, bad)
         steps_done = run.epoch * steps + step + 1
@@ -1934,7 +1949,7 @@ def evaluate(run, model):
                 totals += torch.stack((loss, *topk_correct(logits, targets)))
         seen += len(targets)
         own_bad += len(unreadable)
-        signum, total = run.group.sync_step(len(unreadable))
+        signum, total = run.group.sync_step(len(unreadable), last=step == len(sampler) - 1)
         bad += total
         name_bad_images(flags, run.val_loader.dataset.images, unreadable, bad)
         if signum:
