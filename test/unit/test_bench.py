@@ -44,7 +44,7 @@ def test_fine_tuning_ends_with_its_table(images):
 @pytest.mark.slow
 def test_recipes_end_with_their_table(images):
     command = [sys.executable, str(ROOT / "test" / "bench" / "bench_recipes.py"), str(images),
-               "--epochs", "1", "--rows", "rmsprop,small"] + SMALL
+               "--epochs", "1", "--rows", "rmsprop/small"] + SMALL
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,
                           universal_newlines=True)
     assert done.returncode == 0, done.stdout + done.stderr
