@@ -1,13 +1,17 @@
 """What the benchmarks share: photograph-like images, runs of main.py, rounds, tables."""
 
 import argparse
+import contextlib
 import functools
 import os
 import pathlib
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import PIL
@@ -222,10 +226,65 @@ def run_python(arguments, cores=None, timeout=1800):
     except subprocess.TimeoutExpired:
         raise RunFailed(f"did not end within {timeout} s")
     if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if "error" in line.lower()]
-        raise RunFailed((errors or lines or [f"status {result.returncode}, no message"])[-1])
+        raise RunFailed(find_reason(result.stderr, result.returncode))
     return result.stdout
+
+
+def find_reason(text, status):
+    """The line of what a program printed that says why it ended with this status."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or [f"status {status}, no message"])[-1]
+
+
+def kill_group(process):
+    """Ends a process that leads a group, and all others of the group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def read_rows(arguments, limit, log):
+    """Runs a Python program in a group of processes of its own, and yields each row of a Markdown
+    table that it prints; then one more where it failed, or was killed after ``limit`` seconds.
+
+    Args:
+        arguments: of the interpreter, a script's path first.
+        log: a text file, open to append and read, for all else that the program prints.
+    """
+    begin, start = time.monotonic(), log.seek(0, os.SEEK_END)
+    command = [sys.executable] + [str(argument) for argument in arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=log, universal_newlines=True,
+        start_new_session=True)
+    timer = threading.Timer(limit, kill_group, [process])
+    timer.start()
+    try:
+        for line in process.stdout:
+            if line.startswith("| "):
+                yield line.rstrip()
+            else:
+                print(line, end="", file=log, flush=True)
+        status = process.wait()
+    finally:
+        timer.cancel()
+        kill_group(process)
+    if status and time.monotonic() - begin >= limit:
+        yield row("the rest", f"CUT after {limit:g} s")
+    elif status:
+        log.seek(start)
+        yield row("the rest", f"FAILED: {find_reason(log.read(), status)}")
+
+
+def row(*cells):
+    """A row of a Markdown table."""
+    return f"| {' | '.join(' '.join(str(cell).split()).replace('|', '/') for cell in cells)} |"
+
+
+def milliseconds(function):
+    """How long a function without arguments takes."""
+    begin = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - begin)
 
 
 def shared_options(flags):

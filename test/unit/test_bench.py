@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import main
-from helpers import ROOT
+from helpers import ROOT, TORCH
 
+BENCH = ROOT / "test" / "bench"
 SMALL = ["-a", "mnasnet0_5", "-b", "4", "--size", "32", "--rounds", "1", "--device", "cpu"]
 COMPARED = SMALL + ["--levels", "O0", "--baseline-workers", "1"]
 
@@ -22,7 +24,7 @@ COMPARED = SMALL + ["--levels", "O0", "--baseline-workers", "1"]
                  ["1 process, 2 cores", "2 processes, 1 core each"],
                  marks=pytest.mark.skipif(main.cores_per_process() < 2, reason="one core"))])
 def test_a_benchmark_ends_with_its_table(script, arguments, rows):
-    command = [sys.executable, str(ROOT / "test" / "bench" / script)] + arguments
+    command = [sys.executable, str(BENCH / script)] + arguments
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,
                           universal_newlines=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -33,7 +35,7 @@ def test_a_benchmark_ends_with_its_table(script, arguments, rows):
 
 @pytest.mark.slow
 def test_fine_tuning_ends_with_its_table(images):
-    command = [sys.executable, str(ROOT / "test" / "bench" / "bench_finetune.py"), str(images),
+    command = [sys.executable, str(BENCH / "bench_finetune.py"), str(images),
                "--epochs", "1", "--pretrain-epochs", "1", "--lr", "0.001"] + SMALL
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,
                           universal_newlines=True)
@@ -43,7 +45,7 @@ def test_fine_tuning_ends_with_its_table(images):
 
 @pytest.mark.slow
 def test_recipes_end_with_their_table(images):
-    command = [sys.executable, str(ROOT / "test" / "bench" / "bench_recipes.py"), str(images),
+    command = [sys.executable, str(BENCH / "bench_recipes.py"), str(images),
                "--epochs", "1", "--rows", "rmsprop/small"] + SMALL
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,
                           universal_newlines=True)
@@ -67,7 +69,7 @@ for step in range(2):
 @pytest.mark.slow
 def test_the_table_of_the_trainers(tmp_path):
     (tmp_path / "main.py").write_text(EXAMPLE)
-    command = [sys.executable, str(ROOT / "test" / "bench" / "bench_trainers.py"), "--example",
+    command = [sys.executable, str(BENCH / "bench_trainers.py"), "--example",
                str(tmp_path), "--levels", "O0", "--steps", "6", "--val-images", "20"] + SMALL
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,
                           universal_newlines=True)
@@ -76,3 +78,62 @@ def test_the_table_of_the_trainers(tmp_path):
         table = done.stdout[done.stdout.index(f"\n{title}\n"):]
         for row in ("PyTorch's example", "main.py O0"):
             assert re.search(rf"^{row} .* \d+\.\d ", table, re.M), done.stdout
+
+
+def cells(table):
+    """The rows of gpu_report.py's table, each a list of section, measurement and result."""
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    return [line[2:-2].split(" | ") for line in lines]
+
+
+@pytest.mark.slow
+def test_the_report_of_a_card_fills_every_row(tmp_path):
+    report = tmp_path / "report.md"
+    command = [sys.executable, str(BENCH / "gpu_report.py"), "--device", "cpu", "--limit", "5",
+               "--output", str(report)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=900,
+                          universal_newlines=True)
+    assert done.returncode == 0, done.stdout + (tmp_path / "report.md.log").read_text()
+    rows = cells(report.read_text())
+    assert rows == cells(done.stdout) and all(len(row) == 3 and all(row) for row in rows)
+    assert [row[0] for index, row in enumerate(rows) if row[0] != rows[index - 1][0]] == [
+        "section", "machine", "steps", "loader", "compile", "decode", "whole", "correct", "all"]
+    assert not re.search("FAILED|CUT|DIFFERS|skipped", report.read_text())
+    compiled = [result for section, _, result in rows if section == "compile"]
+    assert TORCH < (2, 0) or all(result.startswith("first step") for result in compiled), compiled
+    assert len([row for row in rows if "agrees" in row[2]]) >= (3 if TORCH < (2, 0) else 6)
+
+
+@pytest.fixture
+def gpu_report(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import gpu_report
+
+    return gpu_report
+
+
+def test_a_section_that_is_cut_leaves_a_row_and_the_others_run(gpu_report, tmp_path, monkeypatch):
+    monkeypatch.setitem(gpu_report.SECTIONS, "steps", (None, 0.1))
+    report = tmp_path / "report.md"
+    assert gpu_report.main(
+        ["--device", "cpu", "--sections", "steps,machine", "--output", str(report)]) == 1
+    rows = cells(report.read_text())
+    assert rows[1] == ["steps", "the rest", "CUT after 0.1 s"]
+    assert {row[0] for row in rows[2:-1]} == {"machine"} and len(rows) > 4
+    assert not re.search("FAILED|CUT", str(rows[2:]))
+
+
+def test_a_section_that_fails_leaves_a_row(gpu_report, tmp_path):
+    code = "print('text'); print('| one | 1 |', flush=True); raise ValueError('no | luck')"
+    with (tmp_path / "log").open("a+") as log:
+        rows = list(gpu_report.common.read_rows(["-c", code], 60, log))
+    assert rows == ["| one | 1 |", "| the rest | FAILED: ValueError: no / luck |"]
+    assert "text\n" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_machine_without_a_card_is_told_so(gpu_report, tmp_path, capsys):
+    assert gpu_report.main(["--output", str(tmp_path / "report.md")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("gpu_report.py: error: --device gpu is not available")
+    assert error.count("\n") == 1 and not list(tmp_path.iterdir())
