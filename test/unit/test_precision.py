@@ -68,6 +68,29 @@ def test_a_low_precision_that_the_device_lacks_is_refused(images, run_here):
     assert "--amp-dtype float16 is not available on this cpu" in error
 
 
+class OldCard:
+    """torch.cuda on a card that emulates bfloat16."""
+
+    @staticmethod
+    def is_bf16_supported(including_emulation=True):
+        return including_emulation
+
+
+class CardOfOldTorch:
+    @staticmethod
+    def is_bf16_supported():
+        return True
+
+
+def test_bfloat16_that_is_emulated_is_refused():
+    flags = parse("--amp-dtype", "bfloat16")
+    runtime = main.Runtime(main.BACKENDS["gpu"], torch.device("cuda", 0), module=OldCard)
+    with pytest.raises(main.UserError, match="--amp-dtype bfloat16 is not available on this gpu"):
+        main.low_precision(flags, runtime)
+    runtime = main.Runtime(main.BACKENDS["gpu"], torch.device("cuda", 0), module=CardOfOldTorch)
+    assert main.low_precision(flags, runtime) == torch.bfloat16
+
+
 def test_bfloat16_is_not_for_apex(images, run_here):
     arguments = ["--opt-level", "O1", "--amp-dtype", "bfloat16", "--amp-backend", "apex"]
     assert "--amp-backend native" in the_error(run_here(images, *arguments))
