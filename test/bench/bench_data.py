@@ -59,8 +59,13 @@ def main_pipeline(size, train):
             return trainer.random_resized_crop(width, height, size, 0.08, rng)
         return trainer.resize_center_crop(width, height, size * 8 // 7, size)
 
-    # Into one block of memory, as a loader writes it.
-    return lambda path: np.ascontiguousarray(trainer.read_image(path, get_crop, size))
+    block = np.empty((size, size, 3), np.uint8)  # as of a loader
+
+    def load(path):
+        trainer.copy_image(trainer.read_image(path, get_crop, size), block)
+        return block
+
+    return load
 
 
 def augmented_pipeline(size):

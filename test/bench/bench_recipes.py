@@ -12,8 +12,8 @@ size. Each row is trained once a seed.
 
 The trainers draw their first weights from other ranges. Rows "from timm's (torchvision's) weights"
 train main.py from weights that these have drawn, so that all settings are the same. torchvision's
-BatchNorm has a momentum of 0.0003, too low for a few hundred steps: "strong, torchvision" is trained
-with 0.1, torch's default.
+BatchNorm has a momentum of 0.0003, too low for a few hundred steps: "strong, torchvision" is
+trained with 0.1, torch's default.
 """
 
 import csv
@@ -65,8 +65,8 @@ def train_with_timm(flags, seed, options):
     with tempfile.TemporaryDirectory(prefix="bench-") as output:
         common.run_python([
             pathlib.Path(flags.timm) / "train.py", "--data-dir", flags.data, "--device", "cpu",
-            "--model", common.TIMM_NAMES[flags.arch], "--num-classes", count_classes(flags), "--seed", seed,
-            "--epochs", flags.epochs, "-b", flags.batch_size, "--workers", flags.workers,
+            "--model", common.TIMM_NAMES[flags.arch], "--num-classes", count_classes(flags),
+            "--seed", seed, "--epochs", flags.epochs, "-b", flags.batch_size, "--workers", flags.workers,
             "--input-size", 3, flags.size, flags.size, "--crop-pct", 1, "--output", output,
             "--no-prefetcher", *options])
         summary, = pathlib.Path(output).rglob("summary.csv")
@@ -88,8 +88,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def train_with_torchvision(flags, seed, options, momentum=1 - 0.9997):
     """The same of torchvision's train.py."""
     output = common.run_python([
-        "-c", TORCHVISION, seed, momentum, pathlib.Path(flags.torchvision) / "train.py", "--data-path", flags.data,
-        "--device", "cpu", "--model", flags.arch, "--epochs", flags.epochs,
+        "-c", TORCHVISION, seed, momentum, pathlib.Path(flags.torchvision) / "train.py",
+        "--data-path", flags.data, "--device", "cpu", "--model", flags.arch, "--epochs", flags.epochs,
         "-b", flags.batch_size, "-j", flags.workers, "--train-crop-size", flags.size,
         "--val-crop-size", flags.size, "--val-resize-size", flags.size, "--output-dir", "",
         *options])
