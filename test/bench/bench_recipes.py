@@ -66,8 +66,8 @@ def train_with_timm(flags, seed, options):
         common.run_python([
             pathlib.Path(flags.timm) / "train.py", "--data-dir", flags.data, "--device", "cpu",
             "--model", common.TIMM_NAMES[flags.arch], "--num-classes", count_classes(flags),
-            "--seed", seed, "--epochs", flags.epochs, "-b", flags.batch_size, "--workers", flags.workers,
-            "--input-size", 3, flags.size, flags.size, "--crop-pct", 1, "--output", output,
+            "--seed", seed, "--epochs", flags.epochs, "-b", flags.batch_size,
+            "--workers", flags.workers, "--input-size", 3, flags.size, flags.size, "--crop-pct", 1, "--output", output,
             "--no-prefetcher", *options])
         summary, = pathlib.Path(output).rglob("summary.csv")
         with summary.open() as file:
@@ -89,8 +89,8 @@ def train_with_torchvision(flags, seed, options, momentum=1 - 0.9997):
     """The same of torchvision's train.py."""
     output = common.run_python([
         "-c", TORCHVISION, seed, momentum, pathlib.Path(flags.torchvision) / "train.py",
-        "--data-path", flags.data, "--device", "cpu", "--model", flags.arch, "--epochs", flags.epochs,
-        "-b", flags.batch_size, "-j", flags.workers, "--train-crop-size", flags.size,
+        "--data-path", flags.data, "--device", "cpu", "--model", flags.arch,
+        "--epochs", flags.epochs, "-b", flags.batch_size, "-j", flags.workers, "--train-crop-size", flags.size,
         "--val-crop-size", flags.size, "--val-resize-size", flags.size, "--output-dir", "",
         *options])
     return max(map(float, re.findall(r"^Test: +Acc@1 ([\d.]+)", output, re.M)))

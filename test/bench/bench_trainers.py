@@ -68,8 +68,8 @@ def timm_command(flags, data, *options):
     return [pathlib.Path(flags.timm).resolve() / "train.py", "--data-dir", data,
             "--device", "cuda" if flags.device == "gpu" else "cpu", "--num-classes", common.CLASSES,
             "--model", common.TIMM_NAMES[flags.arch], "-b", flags.batch_size, "--epochs", 1,
-            "--lr", 1e-9, "--log-interval", 1, "--output", ".", "--input-size", 3, flags.size, flags.size,
-            *options]
+            "--lr", 1e-9, "--log-interval", 1, "--output", ".",
+            "--input-size", 3, flags.size, flags.size, *options]
 
 
 def make_rows(flags, data):
