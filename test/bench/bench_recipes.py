@@ -67,8 +67,8 @@ def train_with_timm(flags, seed, options):
             pathlib.Path(flags.timm) / "train.py", "--data-dir", flags.data, "--device", "cpu",
             "--model", common.TIMM_NAMES[flags.arch], "--num-classes", count_classes(flags),
             "--seed", seed, "--epochs", flags.epochs, "-b", flags.batch_size,
-            "--workers", flags.workers, "--input-size", 3, flags.size, flags.size, "--crop-pct", 1, "--output", output,
-            "--no-prefetcher", *options])
+            "--workers", flags.workers, "--input-size", 3, flags.size, flags.size,
+            "--crop-pct", 1, "--output", output, "--no-prefetcher", *options])
         summary, = pathlib.Path(output).rglob("summary.csv")
         with summary.open() as file:
             return max(float(row["eval_top1"]) for row in csv.DictReader(file))
@@ -90,9 +90,9 @@ def train_with_torchvision(flags, seed, options, momentum=1 - 0.9997):
     output = common.run_python([
         "-c", TORCHVISION, seed, momentum, pathlib.Path(flags.torchvision) / "train.py",
         "--data-path", flags.data, "--device", "cpu", "--model", flags.arch,
-        "--epochs", flags.epochs, "-b", flags.batch_size, "-j", flags.workers, "--train-crop-size", flags.size,
-        "--val-crop-size", flags.size, "--val-resize-size", flags.size, "--output-dir", "",
-        *options])
+        "--epochs", flags.epochs, "-b", flags.batch_size, "-j", flags.workers,
+        "--train-crop-size", flags.size, "--val-crop-size", flags.size,
+        "--val-resize-size", flags.size, "--output-dir", "", *options])
     return max(map(float, re.findall(r"^Test: +Acc@1 ([\d.]+)", output, re.M)))
 
 
