@@ -1,5 +1,6 @@
 """The schedule, the loss, and what a training run does, prints and leaves."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -176,6 +177,36 @@ def test_profiling(images, run_here, tmp_path):
     assert result.returncode == 0 and "conv" in result.stdout and "Self CPU" in result.stdout
     assert json.loads((tmp_path / "trace.json").read_text())
     assert "lower --batch-size" in the_error(run_here(images, "--run-prof"))
+
+
+class NpuProfiler:
+    """In place of torch_npu.profiler.profile, which makes no table."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def export_chrome_trace(self, path):
+        with open(path, "w") as file:
+            file.write("of torch_npu")
+
+
+def test_profiling_on_an_npu_is_torch_npus(images, run_here, tmp_path, monkeypatch):
+    torch_npu = types.SimpleNamespace(profiler=types.SimpleNamespace(profile=NpuProfiler))
+    monkeypatch.setitem(sys.modules, "torch_npu", torch_npu)
+    npu = dataclasses.replace(main.BACKENDS["cpu"], module="npu")
+    profile = main.profile
+
+    def profile_as_on_an_npu(run):
+        run.runtime = dataclasses.replace(run.runtime, backend=npu)
+        profile(run)
+
+    monkeypatch.setattr(main, "profile", profile_as_on_an_npu)
+    result = run_here(images, "--run-prof", "-b", 4)
+    assert result.returncode == 0 and "5 steps profiled" in result.stdout
+    assert (tmp_path / "trace.json").read_text() == "of torch_npu"
 
 
 has_tensorboard = importlib.util.find_spec("tensorboard") is not None
