@@ -15,42 +15,43 @@ SMALL = ["-a", "mnasnet0_5", "-b", "4", "--size", "32", "--rounds", "1", "--devi
 COMPARED = SMALL + ["--levels", "O0", "--baseline-workers", "1"]
 
 
+def run_bench(script, *arguments):
+    """What a benchmark prints; it must end with status 0."""
+    command = [sys.executable, str(BENCH / script)] + [str(argument) for argument in arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=900,
+                          universal_newlines=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script,arguments,rows", [
     ("bench_train.py", ["--steps", "3", "--images", "10"] + COMPARED, ["baseline", "main.py O0"]),
     ("bench_eval.py", ["--images", "20", "--photos", "10"] + COMPARED, ["baseline", "main.py O0"]),
     ("bench_data.py", ["--images", "10", "--rounds", "1"], ["main.py, evaluation"]),
+    ("bench_data.py", ["--loader", "--batches", "3", "-b", "10", "--rounds", "1"],
+     ["main.py, 4 worker"]),
     pytest.param("bench_scaling.py", ["--steps", "3"] + SMALL,
                  ["1 process, 2 cores", "2 processes, 1 core each"],
                  marks=pytest.mark.skipif(main.cores_per_process() < 2, reason="one core"))])
 def test_a_benchmark_ends_with_its_table(script, arguments, rows):
-    command = [sys.executable, str(BENCH / script)] + arguments
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,
-                          universal_newlines=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    table = done.stdout[done.stdout.rindex("lowest to highest"):]
+    output = run_bench(script, *arguments)
+    table = output[output.rindex("lowest to highest"):]
     for row in rows:
-        assert re.search(rf"^{re.escape(row)}\b.* \d+\.\d ", table, re.M), done.stdout
+        assert re.search(rf"^{re.escape(row)}\b.* \d+\.\d ", table, re.M), output
 
 
 @pytest.mark.slow
 def test_fine_tuning_ends_with_its_table(images):
-    command = [sys.executable, str(BENCH / "bench_finetune.py"), str(images),
-               "--epochs", "1", "--pretrain-epochs", "1", "--lr", "0.001"] + SMALL
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,
-                          universal_newlines=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"^(?:from scratch|fine-tuned.*): mean \d+\.\d$", done.stdout, re.M)) == 3
+    output = run_bench("bench_finetune.py", images, "--epochs", 1, "--pretrain-epochs", 1,
+                       "--lr", 0.001, *SMALL)
+    assert len(re.findall(r"^(?:from scratch|fine-tuned.*): mean \d+\.\d$", output, re.M)) == 3
 
 
 @pytest.mark.slow
 def test_recipes_end_with_their_table(images):
-    command = [sys.executable, str(BENCH / "bench_recipes.py"), str(images),
-               "--epochs", "1", "--rows", "rmsprop/small"] + SMALL
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,
-                          universal_newlines=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"^(?:rmsprop|small): mean \d+\.\d$", done.stdout, re.M)) == 2
+    output = run_bench("bench_recipes.py", images, "--epochs", 1, "--rows", "rmsprop/small", *SMALL)
+    assert len(re.findall(r"^(?:rmsprop|small): mean \d+\.\d$", output, re.M)) == 2
 
 
 EXAMPLE = """
@@ -69,15 +70,12 @@ for step in range(2):
 @pytest.mark.slow
 def test_the_table_of_the_trainers(tmp_path):
     (tmp_path / "main.py").write_text(EXAMPLE)
-    command = [sys.executable, str(BENCH / "bench_trainers.py"), "--example",
-               str(tmp_path), "--levels", "O0", "--steps", "6", "--val-images", "20"] + SMALL
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,
-                          universal_newlines=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output = run_bench("bench_trainers.py", "--example", tmp_path, "--levels", "O0", "--steps", 6,
+                       "--val-images", 20, *SMALL)
     for title in ("training", "evaluation in a training run"):
-        table = done.stdout[done.stdout.index(f"\n{title}\n"):]
+        table = output[output.index(f"\n{title}\n"):]
         for row in ("PyTorch's example", "main.py O0"):
-            assert re.search(rf"^{row} .* \d+\.\d ", table, re.M), done.stdout
+            assert re.search(rf"^{row} .* \d+\.\d ", table, re.M), output
 
 
 def cells(table):
