@@ -176,7 +176,7 @@ def time_steps(flags, run, images, targets):
 
 
 def profile_step(flags):
-    """One step: its kernels, and the operators that take most; as main.profile does it."""
+    """One step: its kernels, and the operators that take most."""
     run, images, targets = open_run(flags, flags.sizes.batches[-1], *O1)
     module = run.runtime.backend.module
     options = {f"use_{module}": True} if module else {}
