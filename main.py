@@ -2195,10 +2195,10 @@ def main_worker(flags, backend, notes):
         else:
             traceback.print_exc()
     if group.size > 1:
-        if status:  # other ranks may be gone, and torch would wait for them
-            sys.stdout.flush()
-            os._exit(status)
-        dist.destroy_process_group()
+        if status == 0:
+            atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(status)  # torch would wait for ranks that are gone, or abort in its own threads
     return status
 
 def main(argv=None):
