@@ -1054,10 +1054,12 @@ def low_precision(flags, runtime):
     """Returns what O1 and O2 compute in. Raises UserError where the card or torch lacks it."""
     backend, module = runtime.backend, runtime.module
     dtype = getattr(torch, flags.amp_dtype or "", backend.amp_dtype)
-    has_bfloat16, options = getattr(module, "is_bf16_supported", lambda: False), {}
-    if "including_emulation" in inspect.signature(has_bfloat16).parameters:
+    if dtype == backend.amp_dtype:
+        return dtype
+    supported, options = getattr(module, "is_bf16_supported", lambda: False), {}
+    if "including_emulation" in inspect.signature(supported).parameters:
         options["including_emulation"] = False  # which is slow
-    if dtype != backend.amp_dtype and not has_bfloat16(**options):
+    if not supported(**options):
         raise UserError(f"--amp-dtype {flags.amp_dtype} is not available on this {backend.name} "
                         f"with torch {torch.__version__}: use {str(backend.amp_dtype)[6:]}")
     return dtype

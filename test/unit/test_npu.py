@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import main
 from helpers import (ROOT, SMALL, TINY, UNIT, counts, finish, free_port, read_checkpoint, run_main,
                      several, start, the_error)
 from test_scripts import run_script
@@ -275,6 +276,15 @@ def test_eight_cards_resume_in_low_precision(eight, npu, clone, images, tmp_path
     last = read_checkpoint(tmp_path)
     assert [row["epoch"] for row in last["history"]] == [0, 1, 2]
     assert last["amp"]["scale"] in (2.0 ** 15, 2.0 ** 16)
+
+
+@pytest.mark.parametrize("value", [None, "0"])
+def test_the_queue_of_operators_is_on_unless_the_user_says_otherwise(monkeypatch, value):
+    monkeypatch.setenv("TASK_QUEUE_ENABLE", value or "")
+    if value is None:
+        monkeypatch.delenv("TASK_QUEUE_ENABLE")
+    main.device_count(main.BACKENDS["npu"])
+    assert os.environ["TASK_QUEUE_ENABLE"] == (value or ("2" if main.TORCH >= (2, 5) else "1"))
 
 
 # env_npu.sh

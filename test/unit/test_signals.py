@@ -25,7 +25,7 @@ def test_a_signal_saves_and_ends_with_its_status(images, tmp_path, signum, statu
     read_until(run, r"^Epoch: \[0\]\[0/")
     run.send_signal(signum)
     assert f"=> {signum.name}: stopped, saved" in end_of(run) and run.returncode == status
-    assert read_checkpoint(tmp_path) and wait_for(lambda: not processes_of(tmp_path))
+    assert read_checkpoint(tmp_path) and not processes_of(tmp_path)
 
 
 @pytest.mark.slow
@@ -49,7 +49,8 @@ def test_ctrl_c_while_loaders_start(images, tmp_path, count):
     run.send_signal(signal.SIGINT)
     end_of(run)
     assert run.returncode in (130, -signal.SIGINT)
-    assert wait_for(lambda: not processes_of(tmp_path))
+    # The kernel ends loaders whose parent has been killed, a moment later.
+    assert wait_for(lambda: not processes_of(tmp_path), seconds=10)
 
 
 def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
@@ -77,7 +78,7 @@ def test_a_signal_ends_and_saves_a_run_that_waits_for_its_loaders(images, tmp_pa
     run.send_signal(signal.SIGTERM)
     begin = time.monotonic()
     assert "SIGTERM: stopped, saved" in end_of(run) and run.returncode == 143
-    assert time.monotonic() - begin < 20 and wait_for(lambda: not processes_of(tmp_path))
+    assert time.monotonic() - begin < 20 and not processes_of(tmp_path)
     (tmp_path / "hang").unlink()
     images_done = read_checkpoint(tmp_path)["images"]
     resumed = run_main(images, "--resume", "auto", "--epochs", 3, cwd=tmp_path)
@@ -97,7 +98,7 @@ def test_a_signal_ends_processes_that_wait_for_their_loaders(images, tmp_path):
     for run in runs:
         assert "the last checkpoint is ./checkpoint.pth.tar" in end_of(run)
         assert run.returncode == 143
-    assert wait_for(lambda: not processes_of(tmp_path))
+    assert not processes_of(tmp_path)
 
 
 @pytest.fixture
