@@ -249,9 +249,11 @@ def read_rows(arguments, limit, log):
 
     Args:
         arguments: of the interpreter, a script's path first.
-        log: a text file, open to append and read, for all else that the program prints.
+        log: a text file, open to append and read, for all else that the program prints: what it
+            prints on stderr at once, the rest when it has ended, lest one cuts into the other.
     """
     begin, start = time.monotonic(), log.seek(0, os.SEEK_END)
+    text = []
     command = [sys.executable] + [str(argument) for argument in arguments]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=log, universal_newlines=True,
@@ -263,16 +265,19 @@ def read_rows(arguments, limit, log):
             if line.startswith("| "):
                 yield line.rstrip()
             else:
-                print(line, end="", file=log, flush=True)
+                text.append(line)
         status = process.wait()
     finally:
         timer.cancel()
         kill_group(process)
+        log.seek(start)
+        errors = log.read()
+        log.writelines(text)
+        log.flush()
     if status and time.monotonic() - begin >= limit:
         yield row("the rest", f"CUT after {limit:g} s")
     elif status:
-        log.seek(start)
-        yield row("the rest", f"FAILED: {find_reason(log.read(), status)}")
+        yield row("the rest", f"FAILED: {find_reason(errors, status)}")
 
 
 def row(*cells):
