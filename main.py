@@ -833,9 +833,10 @@ def build_augmentation(flags):
     return transforms.Compose(steps)
 
 def copy_image(image, target):
-    """Copies uint8 [S, S, 3]. What torch resizes has each channel apart, and channel by channel it
-    is copied in a quarter of the time: a tenth of the data path."""
-    for channel in range(3):
+    """Copies uint8 [S, S, 3]. What torch resizes has each channel apart, and a flipped row runs
+    backwards: channel by channel they are copied in a quarter of the time."""
+    alike = image.strides[1:] == target.strides[1:]
+    for channel in [slice(None)] if alike else range(3):
         target[..., channel] = image[..., channel]
 
 class ImageBatches(torch.utils.data.Dataset):

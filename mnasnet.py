@@ -80,6 +80,13 @@ def _conv_bn(in_channels, out_channels, kernel, stride=1, groups=1, relu=True):
     modules = [conv, nn.BatchNorm2d(out_channels)]
     return modules + [nn.ReLU(inplace=True)] if relu else modules
 
+def _average_pool(images):
+    """Returns the mean of each channel of [N, C, H, W] as [N, C, 1, 1]."""
+    if images.requires_grad and images.device.type == "cpu":
+        # The gradient of a mean is expanded before it is divided, which is slow.
+        return images.sum([2, 3], keepdim=True) / (images.shape[2] * images.shape[3])
+    return images.mean([2, 3], keepdim=True)
+
 class _SqueezeExcitation(nn.Module):
     """Scales each channel by a gate that depends on the means of all (Hu et al., 2017, arXiv
     1709.01507)."""
@@ -90,8 +97,7 @@ class _SqueezeExcitation(nn.Module):
         self.expand = nn.Conv2d(squeezed, channels, 1)
 
     def forward(self, x):
-        means = x.mean([2, 3], keepdim=True)
-        return x * torch.sigmoid(self.expand(F.relu(self.reduce(means))))
+        return x * torch.sigmoid(self.expand(F.relu(self.reduce(_average_pool(x)))))
 
 class _InvertedResidual(nn.Module):
     """1x1 convolution to ``expansion`` times the channels, depthwise convolution, 1x1 projection.
@@ -169,7 +175,7 @@ class MNASNet(nn.Module):
         self.apply(_initialize)
 
     def forward(self, x):
-        return self.classifier(self.layers(x).mean([2, 3]))
+        return self.classifier(_average_pool(self.layers(x)).flatten(1))
 
     def _stem(self, channels, out_channels):
         """Returns modules 0 to 7: a 3x3 convolution of stride 2, then a depthwise separable one."""
@@ -331,9 +337,9 @@ def depthwise_conv2d(dtype, conv, images):
 class DepthwiseConv2d(torch.autograd.Function):
     """A depthwise convolution of images [N, C, H, W] and weights [C, 1, K, K], float32 or bfloat16.
 
-    oneDNN computes some gradients slowly. Two are computed in another way here: that of 5x5 weights
-    as two of 5x3 weights (in float32 at stride 1 only), that of bfloat16 images at stride 2 in
-    float32.
+    oneDNN computes some gradients slowly, which are computed in another way here, but in float32 at
+    stride 2: those of images as a convolution of ``grad_output``, at stride 2 with zeros between
+    its pixels, with the weights turned around; those of 5x5 weights as two of 5x3 weights.
     """
 
     @staticmethod
@@ -345,28 +351,32 @@ class DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         images, weight = ctx.saved_tensors
-        # The gradient of a mean is expanded, not in channels_last, which is slow.
+        # Any other layout is slow.
         grad_output = grad_output.contiguous(memory_format=torch.channels_last)
 
-        def gradient(i, grad_output, images, weight, padding):
-            wanted = [i == 0, i == 1, False]
+        def gradients(images, weight, padding, wanted):
             return torch.ops.aten.convolution_backward(
                 grad_output, images, weight, None, ctx.stride, padding, [1, 1], False, [0, 0],
-                len(weight), wanted)[i]
+                len(weight), [*wanted, False])
 
-        dtype = torch.float32 if ctx.stride[0] > 1 else images.dtype
-        shape = torch.empty_like(images, dtype=dtype)  # nothing else of it is used
-        grad_images = gradient(0, grad_output.to(dtype), shape, weight.to(dtype), ctx.padding)
-        grad_images = grad_images.to(images.dtype)
-        if weight.shape[3] == 3 or (ctx.stride[0] > 1 and images.dtype == torch.float32):
-            return grad_images, gradient(1, grad_output, images, weight, ctx.padding), None, None
+        if ctx.stride[0] > 1 and images.dtype == torch.float32:
+            grad_images, grad_weight, _ = gradients(images, weight, ctx.padding, [True, True])
+            return grad_images, grad_weight, None, None
+        spread = grad_output
+        if ctx.stride[0] > 1:
+            spread = torch.zeros_like(images)
+            spread[..., ::ctx.stride[0], ::ctx.stride[1]] = grad_output
+        grad_images = F.conv2d(spread, weight.flip(2, 3), None, 1, ctx.padding, 1, len(weight))
+        if weight.shape[3] == 3:
+            _, grad_weight, _ = gradients(images, weight, ctx.padding, [False, True])
+            return grad_images, grad_weight, None, None
         grad_weight = torch.empty_like(weight)
         width = ctx.stride[1] * (grad_output.shape[3] - 1) + 3  # what a kernel 3 wide covers
         for columns in (slice(0, 3), slice(2, 5)):
             left = ctx.padding[1] - columns.start
             shifted = F.pad(images, (left, width - left - images.shape[3]))
-            grad_weight[..., columns] = gradient(
-                1, grad_output, shifted, weight[..., columns], (ctx.padding[0], 0))
+            _, grad_weight[..., columns], _ = gradients(
+                shifted, weight[..., columns], (ctx.padding[0], 0), [False, True])
         return grad_images, grad_weight, None, None
 
 def keep_freed_memory(processes):

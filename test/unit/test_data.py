@@ -327,7 +327,8 @@ print(len(taken))
 """
 
 
-@pytest.mark.parametrize("batches", [0, 3, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batches", [
+    pytest.param(0, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_script_that_keeps_a_loader_until_its_exit_ends(batches):
     done = subprocess.run([sys.executable, "-c", KEPT_LOADER, str(batches)], cwd=str(ROOT),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,

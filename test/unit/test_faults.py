@@ -132,7 +132,7 @@ def test_a_small_limit_of_open_files_is_one_line(images, tmp_path, files):
         assert "Too many open files" in the_error(result)
 
 
-@pytest.mark.parametrize("size", ["4k", "1m"])
+@pytest.mark.parametrize("size", [pytest.param("4k", marks=pytest.mark.slow), "1m"])
 def test_a_small_dev_shm(images, tmp_path, size):
     """Loaders hand over images through memory that has no name there; only locks have."""
     mount = f"mount -t tmpfs -o size={size} none /dev/shm && exec \"$@\""
@@ -282,7 +282,7 @@ def flip_a_bit(content, position, rng):
     return content[:position] + bytes([flipped]) + content[position + 1:]
 
 
-@pytest.mark.parametrize("damage", [cut, flip_a_bit])
+@pytest.mark.parametrize("damage", [pytest.param(cut, marks=pytest.mark.slow), flip_a_bit])
 def test_find_checkpoint_passes_over_a_damaged_file(copy_of_trained, capfd, damage):
     """At 100 positions each: the file is passed over, or nothing that it holds has changed."""
     path, rng = copy_of_trained / "checkpoint.pth.tar", random.Random(0)

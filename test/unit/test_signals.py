@@ -18,7 +18,8 @@ def end_of(run, timeout=120):
 
 
 @pytest.mark.parametrize("signum,status", [
-    (signal.SIGHUP, 129), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
     pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_ends_with_its_status(images, tmp_path, signum, status):
     run = start_main(images, *ENDLESS, cwd=tmp_path)
