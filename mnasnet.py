@@ -337,9 +337,9 @@ def depthwise_conv2d(dtype, conv, images):
 class DepthwiseConv2d(torch.autograd.Function):
     """A depthwise convolution of images [N, C, H, W] and weights [C, 1, K, K], float32 or bfloat16.
 
-    oneDNN computes some gradients slowly, which are computed in another way here, but in float32 at
-    stride 2: those of images as a convolution of ``grad_output``, at stride 2 with zeros between
-    its pixels, with the weights turned around; those of 5x5 weights as two of 5x3 weights.
+    oneDNN computes some gradients slowly, which are computed in another way here: those of images
+    as a convolution of ``grad_output``, at stride 2 with zeros between its pixels, with the weights
+    turned around (but in float32 at stride 2); those of 5x5 weights as two of 5x3 weights.
     """
 
     @staticmethod
@@ -360,23 +360,26 @@ class DepthwiseConv2d(torch.autograd.Function):
                 len(weight), [*wanted, False])
 
         if ctx.stride[0] > 1 and images.dtype == torch.float32:
-            grad_images, grad_weight, _ = gradients(images, weight, ctx.padding, [True, True])
-            return grad_images, grad_weight, None, None
-        spread = grad_output
-        if ctx.stride[0] > 1:
-            spread = torch.zeros_like(images)
-            spread[..., ::ctx.stride[0], ::ctx.stride[1]] = grad_output
-        grad_images = F.conv2d(spread, weight.flip(2, 3), None, 1, ctx.padding, 1, len(weight))
+            grad_images, _, _ = gradients(images, weight, ctx.padding, [True, False])
+        else:
+            spread = grad_output
+            if ctx.stride[0] > 1:
+                spread = torch.zeros_like(images)
+                spread[..., ::ctx.stride[0], ::ctx.stride[1]] = grad_output
+            grad_images = F.conv2d(spread, weight.flip(2, 3), None, 1, ctx.padding, 1, len(weight))
+        padding = ctx.padding
+        if min(images.shape[2:]) < weight.shape[3]:  # too small for oneDNN's fast kernels
+            images, padding = F.pad(images, [padding[0]] * 4), (0, 0)
         if weight.shape[3] == 3:
-            _, grad_weight, _ = gradients(images, weight, ctx.padding, [False, True])
+            _, grad_weight, _ = gradients(images, weight, padding, [False, True])
             return grad_images, grad_weight, None, None
         grad_weight = torch.empty_like(weight)
         width = ctx.stride[1] * (grad_output.shape[3] - 1) + 3  # what a kernel 3 wide covers
         for columns in (slice(0, 3), slice(2, 5)):
-            left = ctx.padding[1] - columns.start
+            left = padding[1] - columns.start
             shifted = F.pad(images, (left, width - left - images.shape[3]))
             _, grad_weight[..., columns], _ = gradients(
-                shifted, weight[..., columns], (ctx.padding[0], 0), [False, True])
+                shifted, weight[..., columns], (padding[0], 0), [False, True])
         return grad_images, grad_weight, None, None
 
 def keep_freed_memory(processes):

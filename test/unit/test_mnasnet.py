@@ -210,7 +210,8 @@ def test_a_model_optimized_for_the_cpu_computes_what_float64_does():
 
 @DTYPES
 @pytest.mark.parametrize("kernel,stride,side", [
-    (3, 1, 8), (3, 2, 8), (3, 2, 7), (5, 1, 7), (5, 2, 8), (5, 2, 5), (5, 2, 1)])
+    (3, 1, 8), (3, 2, 8), (3, 2, 7), (3, 1, 2), (5, 1, 7), (5, 1, 3), (5, 2, 8), (5, 2, 5),
+    (5, 2, 1)])
 def test_a_depthwise_convolution_has_the_gradients_of_float64(kernel, stride, side, dtype):
     fast = mnasnet.has_fast_depthwise(dtype)
     if dtype == torch.bfloat16 and not fast:
