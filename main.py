@@ -64,8 +64,8 @@ from dataclasses import dataclass, field
 
 # torch >= 2.5 imports torch_npu by itself, which fails where CANN is missing: device_count does it.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-# A thread that waits leaves its core to loaders and other programs, in place of spinning.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A thread that waits spins only briefly, then leaves its core to loaders and other programs.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import numpy as np
 import torch
