@@ -65,7 +65,8 @@ from dataclasses import dataclass, field
 # torch >= 2.5 imports torch_npu by itself, which fails where CANN is missing: device_count does it.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 # A thread that waits spins only briefly, then leaves its core to loaders and other programs.
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+if "OMP_WAIT_POLICY" not in os.environ:  # which it would override
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import numpy as np
 import torch
@@ -835,8 +836,7 @@ def build_augmentation(flags):
 def copy_image(image, target):
     """Copies uint8 [S, S, 3]. What torch resizes has each channel apart, and a flipped row runs
     backwards: channel by channel they are copied in a quarter of the time."""
-    alike = image.strides[1:] == target.strides[1:]
-    for channel in [slice(None)] if alike else range(3):
+    for channel in [slice(None)] if image.strides[1:] == target.strides[1:] else range(3):
         target[..., channel] = image[..., channel]
 
 class ImageBatches(torch.utils.data.Dataset):
