@@ -21,6 +21,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 ARCHITECTURES = ["mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3", "mnasnet_a1_0_5",
                  "mnasnet_a1_0_75", "mnasnet_a1", "mnasnet_a1_1_4", "mnasnet_small"]
@@ -351,35 +352,29 @@ class DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         images, weight = ctx.saved_tensors
+        stride, padding, groups = ctx.stride, ctx.padding, len(weight)
         # Any other layout is slow.
         grad_output = grad_output.contiguous(memory_format=torch.channels_last)
-
-        def gradients(images, weight, padding, wanted):
-            return torch.ops.aten.convolution_backward(
-                grad_output, images, weight, None, ctx.stride, padding, [1, 1], False, [0, 0],
-                len(weight), [*wanted, False])
-
-        if ctx.stride[0] > 1 and images.dtype == torch.float32:
-            grad_images, _, _ = gradients(images, weight, ctx.padding, [True, False])
+        if stride[0] > 1 and images.dtype == torch.float32:
+            grad_images = conv2d_input(images.shape, weight, grad_output, stride, padding, 1, groups)
         else:
             spread = grad_output
-            if ctx.stride[0] > 1:
+            if stride[0] > 1:
                 spread = torch.zeros_like(images)
-                spread[..., ::ctx.stride[0], ::ctx.stride[1]] = grad_output
-            grad_images = F.conv2d(spread, weight.flip(2, 3), None, 1, ctx.padding, 1, len(weight))
-        padding = ctx.padding
+                spread[..., ::stride[0], ::stride[1]] = grad_output
+            grad_images = F.conv2d(spread, weight.flip(2, 3), None, 1, padding, 1, groups)
         if min(images.shape[2:]) < weight.shape[3]:  # too small for oneDNN's fast kernels
             images, padding = F.pad(images, [padding[0]] * 4), (0, 0)
         if weight.shape[3] == 3:
-            _, grad_weight, _ = gradients(images, weight, padding, [False, True])
-            return grad_images, grad_weight, None, None
+            return grad_images, conv2d_weight(
+                images, weight.shape, grad_output, stride, padding, 1, groups), None, None
         grad_weight = torch.empty_like(weight)
-        width = ctx.stride[1] * (grad_output.shape[3] - 1) + 3  # what a kernel 3 wide covers
-        for columns in (slice(0, 3), slice(2, 5)):
-            left = padding[1] - columns.start
+        width = stride[1] * (grad_output.shape[3] - 1) + 3  # what a kernel 3 wide covers
+        for first in (0, 2):
+            left = padding[1] - first
             shifted = F.pad(images, (left, width - left - images.shape[3]))
-            _, grad_weight[..., columns], _ = gradients(
-                shifted, weight[..., columns], (padding[0], 0), [False, True])
+            grad_weight[..., first:first + 3] = conv2d_weight(
+                shifted, (groups, 1, 5, 3), grad_output, stride, (padding[0], 0), 1, groups)
         return grad_images, grad_weight, None, None
 
 def keep_freed_memory(processes):
