@@ -1,8 +1,8 @@
 """Trains MnasNet on ImageNet, or on any folder of images, on Ascend NPUs, NVIDIA GPUs or the CPU.
 
 1 card      python main.py /data/imagenet --device gpu
-8 cards     python main.py /data/imagenet --multiprocessing-distributed --device-list 0,1,...,7
-one of 8    the same with --local_rank 3
+all cards   python main.py /data/imagenet --multiprocessing-distributed [--device-list 0,1,2,3]
+one of them the same with --local_rank 3
 2 nodes     the same on each, with --world-size 2 --rank 0 (or 1) --dist-url tcp://node0:29500
 torchrun    torchrun --nproc_per_node 8 main.py /data/imagenet
 CPU         python main.py /data/imagenet --device cpu -b 64
@@ -62,10 +62,10 @@ import zlib
 from collections import namedtuple
 from dataclasses import dataclass, field
 
-# torch >= 2.5 imports torch_npu by itself, which fails where CANN is missing: device_count does it.
+# torch >= 2.5 would import torch_npu, which fails where CANN is missing; device_count imports it.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-# A thread that waits spins only briefly, then leaves its core to loaders and other programs.
-if "OMP_WAIT_POLICY" not in os.environ:  # which it would override
+# An idle OpenMP thread spins only briefly, then leaves its core to loaders and other programs.
+if "OMP_WAIT_POLICY" not in os.environ:  # GOMP_SPINCOUNT would override it
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import numpy as np
@@ -84,31 +84,31 @@ class UserError(Exception):
     """A mistake that the user can fix: one line says what was found, expected and to be done."""
 
 class Stopped(Exception):
-    """A signal, its first argument, ended the run."""
+    """Raised where a signal ends the run; ``args[0]`` is its number."""
 
-def print_error(error, rank=None):
-    """Prints one line; torch puts a traceback before the message of an error in a loader."""
+def print_error(error, rank=None, program="main.py"):
+    """Prints an error in one line, without the traceback that torch adds to that of a loader."""
     message = str(error).rsplit("UserError: ", 1)[-1].strip().replace("\n", " ")
     origin = "" if rank is None else f"rank {rank}: "
-    print(f"main.py: error: {origin}{message}", file=sys.stderr, flush=True)
+    print(f"{program}: error: {origin}{message}", file=sys.stderr, flush=True)
 
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 def machine_error(error):
-    """Returns one line about an error of the machine: its files, memory or processes; else ''."""
+    """Returns one line about an error of files, memory or processes, and '' for any other error."""
     text = str(error).strip() or type(error).__name__
     if text.startswith("DataLoader") or isinstance(error, EOFError):
         return f"{first_line(error)}: a loader was killed, a file hangs, or no memory is left"
-    missing = re.search("[Oo]ut of memory|allocate memory|[Oo]pen files", text)
-    if missing or isinstance(error, (OSError, MemoryError)):
+    exhausted = re.search("[Oo]ut of memory|allocate memory|[Oo]pen files", text)
+    if exhausted or isinstance(error, (OSError, MemoryError)):
         # torch puts a loader's traceback before the message of its error.
         last = text.splitlines()[-1 if "Traceback" in text else 0]
-        return f"{last}: free what is missing, or ask for less (--workers, --batch-size)"
+        return f"{last}: free memory or disk space, or lower --workers or --batch-size"
     return ""
 
 def install_handler(handler):
-    """Has ``handler(signum, frame)`` receive the signals, except those that nohup ignores."""
+    """Makes ``handler(signum, frame)`` handle SIGNALS, except those that are ignored (nohup)."""
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, handler)
@@ -123,7 +123,7 @@ RECIPES = {
         opt="rmsprop", epochs=350, lr=0.016, lr_base_size=256, warmup=5, lr_warmup_decay=0,
         schedule="exponential", wd=1e-5, norm_weight_decay=0, bias_weight_decay=0, dropout=0.2,
         label_smoothing=0.1, bn_momentum=0.01, bn_eps=1e-3, ema=0.9999),
-    # torchvision's EMA of 0.99998 in 32 steps of 1,024 images, adjusted to 600 epochs as it does.
+    # ema: torchvision's adjustment of --model-ema-decay 0.99998, 1 - 0.00002 * 1024 * 32 / 600.
     "strong": dict(
         epochs=600, lr=0.5, lr_base_size=1024, warmup=5, lr_warmup_decay=0.01, wd=2e-5,
         norm_weight_decay=0, label_smoothing=0.1, auto_augment="ta", random_erasing=0.1, mixup=0.2,
@@ -136,14 +136,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except those that the help text names itself."""
 
     def _get_help_string(self, action):
-        named = "(default" in action.help or action.default in (None, False, "")
+        named = "(default" in action.help or action.default is False or action.default in (None, "")
         return action.help if named else super()._get_help_string(action)
 
 class ArgumentParser(argparse.ArgumentParser):
     """Reports an invalid command line in one line, with status 2; flags are not abbreviated."""
 
     def error(self, message):
-        self.exit(2, f"main.py: error: {message} (--help lists every flag)\n")
+        self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
 
     def _get_option_tuples(self, option_string):  # Python 3.7's allow_abbrev=False breaks -b64
         short = not option_string.startswith("--")
@@ -172,55 +172,55 @@ def card_list(text):
 def parse_args(argv=None):
     """Returns the flags; ends the program with status 2 and one line where one is invalid."""
     count, real = functools.partial(number, int), functools.partial(number, float)
-    fraction, tiny = number(float, 0, 1), sys.float_info.epsilon
-    parser = ArgumentParser(description="Trains MnasNet.", formatter_class=HelpFormatter)
+    fraction, tiny = number(float, 0, 1), 1e-9
+    parser = ArgumentParser("main.py", description="Trains MnasNet.", formatter_class=HelpFormatter)
 
     add = parser.add_argument_group("data").add_argument
     add("data", nargs="?", help="folder with train/ and val/, each with one folder per class")
     add("--recipe", choices=sorted(RECIPES), help="set of defaults for the flags below")
     add("--synthetic", type=count(1), help="train and evaluate on this many generated images")
-    add("-j", "--workers", type=count(0), help="loaders per process (default: its share of cores)")
+    add("-j", "--workers", type=count(0), help="loaders per process (default: cores / processes)")
     add("--train-crop-size", type=count(32), default=224, help="side of a training crop, pixels")
-    add("--train-crop-scale", type=real(tiny, 1), default=0.08, help="its least area")
+    add("--train-crop-scale", type=real(tiny, 1), default=0.08, help="least area of it, a fraction")
     add("--val-crop-size", type=count(32), default=224, help="side of the center crop, pixels")
-    add("--val-resize-size", type=count(32), default=256, help="shorter side before the crop")
+    add("--val-resize-size", type=count(32), default=256, help="shorter side before center crop")
     add("--auto-augment", choices=["ra", "ta"], help="RandAugment, or TrivialAugmentWide")
-    add("--color-jitter", type=real(0), default=0.0, help="of brightness, contrast, saturation")
+    add("--color-jitter", type=real(0), default=0.0, help="strength of ColorJitter, without hue")
     add("--random-erasing", type=fraction, default=0.0, help="probability of RandomErasing")
     add("--mixup", type=real(0), default=0.0, help="alpha of MixUp")
-    add("--cutmix", type=real(0), default=0.0, help="alpha of CutMix; with MixUp in half the steps")
+    add("--cutmix", type=real(0), default=0.0, help="alpha of CutMix; with --mixup, one at random")
     add("--max-bad", type=count(0), help="unreadable images accepted (default: 0.1%%, at least 10)")
 
     add = parser.add_argument_group("model").add_argument
     add("-a", "--arch", choices=mnasnet.ARCHITECTURES, default="mnasnet1_0", help="network")
-    add("--bn-momentum", type=real(tiny, 1), default=0.1, help="of BatchNorm")
+    add("--bn-momentum", type=real(tiny, 1), default=0.1, help="momentum of BatchNorm")
     add("--bn-eps", type=real(tiny), default=1e-5, help="epsilon of BatchNorm")
     add("--dropout", type=fraction, default=0.2, help="dropout before the classifier")
     add("--freeze", choices=["none", "features", "bn"], default="none",
         help="train the classifier alone, or keep BatchNorm's running statistics unchanged")
     add("--pretrained", action="store_true", help="start from torchvision's published weights")
-    add("--weights", help="with --pretrained: file to read the weights from, not the network")
+    add("--weights", help="with --pretrained: file of weights, instead of the published ones")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count(1), default=90, help="length of the schedule")
     add("--start-epoch", type=count(0), default=0, help="first epoch, for a manual restart")
     add("-b", "--batch-size", type=count(1), default=256, help="total batch size of this node")
-    add("--accumulate", type=count(1), default=1, help="parts of a step, one after the other")
-    add("--opt", choices=["sgd", "rmsprop"], default="sgd", help="Nesterov's, or TensorFlow's")
+    add("--accumulate", type=count(1), default=1, help="parts that a batch is computed in")
+    add("--opt", choices=["sgd", "rmsprop"], default="sgd", help="Nesterov SGD, TensorFlow RMSProp")
     add("--lr", "--learning-rate", type=real(0), default=0.1, help="peak learning rate")
-    add("--lr-base-size", type=count(1), help="scale --lr by images per step over this number")
+    add("--lr-base-size", type=count(1), help="total batch size that --lr is for (default: any)")
     add("--warmup", type=count(0), default=0, help="epochs of linear warm-up")
-    add("--lr-warmup-decay", type=fraction, default=0.1, help="it starts at this fraction of lr")
-    add("--schedule", choices=["cosine", "exponential"], default="cosine", help="of the rate")
-    add("--decay-epochs", type=real(tiny), default=2.4, help="of the exponential schedule's steps")
-    add("--decay-rate", type=fraction, default=0.97, help="factor of each of them")
-    add("--momentum", type=fraction, default=0.9, help="momentum")
+    add("--lr-warmup-decay", type=fraction, default=0.1, help="first rate / peak rate")
+    add("--schedule", choices=["cosine", "exponential"], default="cosine", help="decay of --lr")
+    add("--decay-epochs", type=real(tiny), default=2.4, help="epochs per step of exponential decay")
+    add("--decay-rate", type=fraction, default=0.97, help="factor of a step of exponential decay")
+    add("--momentum", type=fraction, default=0.9, help="momentum of --opt")
     add("--wd", "--weight-decay", type=real(0), default=1e-4, help="weight decay")
-    add("--norm-weight-decay", type=real(0), help="that of BatchNorm (default: --wd)")
-    add("--bias-weight-decay", type=real(0), help="that of biases (default: that of their layer)")
+    add("--norm-weight-decay", type=real(0), help="--wd of BatchNorm (default: --wd)")
+    add("--bias-weight-decay", type=real(0), help="--wd of biases (default: that of their layer)")
     add("--clip-grad", type=real(tiny), help="largest norm of the gradient")
     add("--ema", type=fraction, help="decay of an exponential moving average of the weights")
-    add("--ema-steps", type=count(1), default=1, help="steps between its updates")
+    add("--ema-steps", type=count(1), default=1, help="steps between updates of the average")
     add("--label-smoothing", "--ls", type=fraction, default=0.1, help="label smoothing")
     add("--seed", type=count(0, 2 ** 31), help="makes the run deterministic (default: a new one)")
 
@@ -228,9 +228,9 @@ def parse_args(argv=None):
     add("--opt-level", choices=["O0", "O1", "O2"],
         help="fp32, autocast, or fp32 master weights (default: O1 on npu and gpu, O0 on cpu)")
     add("--amp-dtype", choices=["float16", "bfloat16"],
-        help="of O1 and O2 (default: float16 on npu and gpu, bfloat16 on cpu)")
+        help="low precision of O1 and O2 (default: float16 on npu and gpu, bfloat16 on cpu)")
     add("--compile", action="store_true", help="train with torch.compile")
-    add("--loss-scale", type=real(tiny, word="dynamic"), default="dynamic", help="or a number")
+    add("--loss-scale", type=real(tiny, word="dynamic"), default="dynamic", help="dynamic, or > 0")
     add("--amp-backend", choices=["auto", "apex", "native"], default="auto",
         help="auto: apex where it is installed with amp, else native")
 
@@ -239,11 +239,11 @@ def parse_args(argv=None):
     add("--device-list", type=card_list, default="", help="cards of this node, such as 0,1,2,3")
     add("--npu", type=count(0), help="card of a run on one card")
     add("--multiprocessing-distributed", action="store_true", help="one process per listed card")
-    add("--local_rank", "--local-rank", type=count(0), help="for processes you start yourself")
-    add("--world-size", type=count(-1), default=-1, help="number of nodes (-1: one)")
-    add("--rank", type=count(-1), default=-1, help="rank of this node (-1: 0)")
+    add("--local_rank", "--local-rank", type=count(0), help="rank on this node, if you start each")
+    add("--world-size", type=count(-1), default=-1, help="number of nodes (default: 1)")
+    add("--rank", type=count(-1), default=-1, help="rank of this node (default: 0)")
     add("--dist-url", default="env://", help="tcp://HOST:PORT, file:///PATH or env://")
-    add("--dist-backend", help="collectives (default: hccl, nccl or gloo, by device)")
+    add("--dist-backend", help="backend (default: hccl, nccl or gloo, by device)")
     add("--dist-timeout", type=real(1, 1e6), default=600.0, help="seconds to wait for other ranks")
 
     add = parser.add_argument_group("checkpoints and logs").add_argument
@@ -285,7 +285,7 @@ class Backend:
     """What differs between the kinds of device."""
 
     name: str
-    module: str  # torch.<module> drives the cards; '' for the CPU
+    type: str  # of torch.device; torch.<type> drives the cards
     collective: str
     amp_dtype: torch.dtype
     opt_level: str  # the default of --opt-level
@@ -297,7 +297,7 @@ BACKENDS = {
     # The fused SGD of torch 2.3 and 2.4 refuses weights in channels_last.
     "gpu": Backend("gpu", "cuda", "nccl", torch.float16, "O1", True, fused_sgd=(2, 5)),
     # torch 1.5 and 1.8 convolve in NCHW on the CPU.
-    "cpu": Backend("cpu", "", "gloo", torch.bfloat16, "O0", TORCH >= (2, 0), fused_sgd=(2, 4)),
+    "cpu": Backend("cpu", "cpu", "gloo", torch.bfloat16, "O0", TORCH >= (2, 0), fused_sgd=(2, 4)),
 }
 
 @dataclass(frozen=True)
@@ -327,9 +327,9 @@ def device_count(backend):
             importlib.import_module("torch_npu")
         except (ImportError, RuntimeError, SystemExit) as error:  # some exit where CANN is missing
             return 0, f"torch_npu does not import ({first_line(error)})"
-    module = getattr(torch, backend.module, None)
+    module = getattr(torch, backend.type, None)
     count = module.device_count() if module and module.is_available() else 0
-    return count, f"torch.{backend.module} finds no card"
+    return count, f"torch.{backend.type} finds no card"
 
 def select_backend(flags):
     """Returns the backend asked for, or the best one available with the reasons against others."""
@@ -381,7 +381,7 @@ def resolve_rank(flags):
     local_size = read_variable("LOCAL_WORLD_SIZE", 1, size, default=size // nodes)
     if size % nodes or size % local_size or flags.world_size not in (-1, size):
         raise UserError(f"{names[1]} is {size}: expected the same number of ranks on each node, "
-                        f"and no other --world-size (found {local_size} and {flags.world_size})")
+                        f"{local_size} here, and no other --world-size (found {flags.world_size})")
     local_rank = read_variable(names[2], 0, local_size - 1, default=rank % local_size)
     return rank, size, local_rank if flags.local_rank is None else flags.local_rank, local_size
 
@@ -407,14 +407,14 @@ def open_device(flags, backend):
     rank, world_size, local_rank, local_size = resolve_rank(flags)
     if backend.name == "cpu":
         threads = cores_per_process(local_size)
-        # Not where it changes nothing: after it torch 1.8's loader processes may hang.
+        # Only where it changes the number: torch 1.8's loader processes may hang after the call.
         if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         mnasnet.keep_freed_memory(local_size)  # before the loaders start, which inherit it
         return Runtime(backend, torch.device("cpu"), rank, world_size, local_size)
     if local_rank >= len(cards):
         raise UserError(f"local rank {local_rank} has no card: this node has {len(cards)}")
-    device, module = torch.device(backend.module, cards[local_rank]), getattr(torch, backend.module)
+    device, module = torch.device(backend.type, cards[local_rank]), getattr(torch, backend.type)
     module.set_device(device)
     if TORCH >= (1, 12):
         torch.set_float32_matmul_precision("high")  # TF32, which convolutions use by default
@@ -425,8 +425,8 @@ def open_device(flags, backend):
 def die_with_parent(parent, signum):
     """Asks the kernel (Linux) to send this process ``signum`` when the process ``parent`` ends."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, int(signum))
-    if os.getppid() != parent:  # which has ended before
+        ctypes.CDLL(None).prctl(1, int(signum))  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended before the call
         os._exit(1)
 
 class ProcessGroup:
@@ -435,10 +435,10 @@ class ProcessGroup:
     def __init__(self, flags, runtime):
         """Raises UserError where not all ranks are found at --dist-url in time."""
         self.rank, self.size = runtime.rank, runtime.world_size
-        self.signal = 0  # that this process has received
-        self.checkpoint = None  # path of the last one
-        self.waiting = False  # for images, which need not be waited for after a signal
-        self.shared = []  # see sync_step
+        self.signal = 0  # the last signal that this process received
+        self.checkpoint = None  # path of the newest checkpoint
+        self.waiting = False  # for images: a signal need not wait for them
+        self.pending = []  # gathers that sync_step has started
         self.step_end, self.step_seconds = time.monotonic(), 0.0
         self.ended = threading.Event()
         if self.size == 1:
@@ -452,7 +452,7 @@ class ProcessGroup:
         if TORCH < (2, 0):
             env.setdefault("NCCL_ASYNC_ERROR_HANDLING", "1")  # else nccl waits for ever
         limit = datetime.timedelta(seconds=flags.dist_timeout)
-        # nccl and hccl abort: sync_step, which names the silent ranks, has to notice first.
+        # nccl and hccl abort the process: gloo's time limit, after which we name ranks, is first.
         margin = datetime.timedelta(seconds=0 if backend == "gloo" else 60)
         failed = f"rendezvous failed at {address} within {flags.dist_timeout:g} s"
         advice = "start all ranks with the same --dist-url, tcp://HOST:PORT, file:///PATH or env://"
@@ -472,7 +472,7 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def time_limit(self, seconds, error):
-        """Ends the process after so many seconds inside; torch's store may wait for ever."""
+        """Ends the process where its block takes longer; torch's store may wait for ever."""
         timer = threading.Timer(seconds, self.give_up, [error])
         timer.start()
         try:
@@ -486,8 +486,8 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def handle_signals(self, checkpoint):
-        """Inside, a signal is a request to save and end; ``checkpoint`` is the path of the last.
-        Python's handler waits for the end of an operation, so a thread watches beside it."""
+        """Makes a signal a request to save and end; ``checkpoint`` is the path of the newest one.
+        Python handles no signal inside an operator, so a thread ends a process that hangs there."""
         self.checkpoint = checkpoint
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -512,7 +512,7 @@ class ProcessGroup:
     def end_in_time(self, reader):
         """Ends the process 30 s and two steps after a signal, where other ranks or loaders hang."""
         for received in iter(lambda: os.read(reader, 1), b""):
-            signum = received[0]  # Python writes that of each child's end, too
+            signum = received[0]  # SIGCHLD, too, when a loader ends
             if signum in SIGNALS and not self.ended.wait(30 + 2 * self.step_seconds):
                 self.stop_unsaved(signum)
 
@@ -524,14 +524,14 @@ class ProcessGroup:
         os._exit(128 + signum)
 
     def sync_step(self, unreadable, last):
-        """Shares the signal and the number of unreadable images of this rank's step. Returns those
-        of all ranks, any signal or 0 and the sum, from the step before, as what is shared travels
-        during the next one; of the ``last`` step, too."""
+        """Starts to gather the signal and the number of unreadable images of each rank's step.
+        Returns any signal, or 0, and the sum of the images from the step before, as a gather runs
+        during the next step. The ``last`` step, and a single process, include their own."""
         now = time.monotonic()
         self.step_seconds, self.step_end = now - self.step_end, now
-        self.shared.append(self.start_gather(torch.tensor([self.signal, unreadable])))
-        due = len(self.shared) - (self.size > 1 and not last)
-        rows = [self.finish_gather(*self.shared.pop(0)) for _ in range(due)]
+        self.pending.append(self.start_gather(torch.tensor([self.signal, unreadable])))
+        due = len(self.pending) - (self.size > 1 and not last)
+        rows = [self.finish_gather(*self.pending.pop(0)) for _ in range(due)]
         rows = torch.cat(rows or [torch.zeros(1, 2)])
         return int(rows[:, 0].max()), int(rows[:, 1].sum())
 
@@ -561,7 +561,7 @@ class ProcessGroup:
                                "(Read|Write|Connect) (error|timeout)", str(error), re.I)
         if self.size == 1 or not (collective and isinstance(error, RuntimeError)):
             return machine_error(error)
-        if self.signal:  # another rank, which has it too, was the first to end
+        if self.signal:  # no error: another rank received it, too, and has ended
             self.stop_unsaved(self.signal)
         message = f"does not respond ({first_line(error)}): see its output, then --resume auto"
         silent = ["rank 0"]  # which holds the store
@@ -598,7 +598,7 @@ def wait_children(children, first_rank, received):
                     name = signal.Signals(-code).name
                     print_error(f"rank {rank} was killed by {name}; ending the others")
                 status = status or (code if code > 0 else 128 - code)
-                saved = code - 128 in SIGNALS  # so have all: a signal would cut their last words
+                saved = code - 128 in SIGNALS  # the others save, too: SIGTERM would cut that short
                 deadline = time.monotonic() + (60 if saved else 10)
                 if not saved:
                     received.append(signal.SIGTERM)
@@ -607,7 +607,7 @@ def wait_children(children, first_rank, received):
 def launch(flags, backend):
     """Starts one process per card of this node and returns their exit status."""
     argv, processes = flags.argv, len(flags.device_list)
-    children, received = [], []
+    received = []
     install_handler(lambda signum, frame: received.append(signum))
     os.environ.setdefault("OMP_NUM_THREADS", str(cores_per_process(processes)))
     end = argv.index("--") if "--" in argv else len(argv)  # what follows are no flags
@@ -622,10 +622,9 @@ def launch(flags, backend):
             flags.dist_url = f"file://{folder}/rendezvous"  # one node needs no port
         command = [sys.executable, __file__, *argv[:end], "--dist-url", flags.dist_url, "--device",
                    backend.name, "--device-list", ",".join(map(str, flags.device_list))]
-        for local_rank in range(processes):
-            children.append(subprocess.Popen(
-                [*command, "--local_rank", str(local_rank), *argv[end:]], start_new_session=True,
-                preexec_fn=prepare_child))
+        children = [subprocess.Popen([*command, "--local_rank", str(local_rank), *argv[end:]],
+                                     start_new_session=True, preexec_fn=prepare_child)
+                    for local_rank in range(processes)]
         return wait_children(children, flags.node_rank * processes, received)
 
 
@@ -641,7 +640,7 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million: a loader stays below 1.5 GB
 def jpeg_decoder():
     """Returns torchvision's JPEG decoder, bytes -> uint8 [3, H, W], or None to use Pillow."""
     with contextlib.suppress(ImportError, RuntimeError):
-        if TORCH >= (2, 1):  # which resizes uint8 with antialiasing
+        if TORCH >= (2, 1):  # F.interpolate antialiases uint8
             from torchvision.io import ImageReadMode, decode_jpeg
             return lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8),
                                             mode=ImageReadMode.RGB)
@@ -680,7 +679,7 @@ def to_rgb(image):
 
 def read_with_pillow(data, get_crop, size):
     """Returns the crop of an encoded image as uint8 [size, size, 3]; one resize does it all."""
-    image = Image.open(io.BytesIO(data))  # refuses over 2 * MAX_PIXELS: JPEG may have so many
+    image = Image.open(io.BytesIO(data))  # raises above 2 * MAX_PIXELS, the limit for JPEG
     width, height = image.size
     copies = 2 if image.format == "WEBP" or image.mode in ("LA", "PA") else 1
     if image.format not in ("JPEG", "MPO") and width * height * copies > MAX_PIXELS:
@@ -830,12 +829,12 @@ def build_augmentation(flags):
             steps.append(lambda crop: erase(torch.from_numpy(crop).permute(2, 0, 1)))
             steps.append(lambda crop: crop.permute(1, 2, 0).numpy())
     except AttributeError as error:
-        raise UserError(f"{error}: torchvision {__version__} lacks it, 0.12 and later have all")
+        raise UserError(f"torchvision {__version__} is too old, 0.12 has all transforms: {error}")
     return transforms.Compose(steps)
 
 def copy_image(image, target):
-    """Copies uint8 [S, S, 3]. What torch resizes has each channel apart, and a flipped row runs
-    backwards: channel by channel they are copied in a quarter of the time."""
+    """Copies an image, uint8 [S, S, 3]. Where the strides differ (torch resizes planes, a flip
+    reverses rows), numpy copies channel by channel faster."""
     for channel in [slice(None)] if image.strides[1:] == target.strides[1:] else range(3):
         target[..., channel] = image[..., channel]
 
@@ -883,7 +882,7 @@ class ImageBatches(torch.utils.data.Dataset):
         image = image[:, ::-1] if rng.random() < 0.5 else image
         if self.augment:
             draw = rng.getrandbits(32)
-            random.seed(draw)  # that of torchvision 0.2
+            random.seed(draw)  # torchvision 0.2 draws from it
             torch.default_generator.manual_seed(draw)
             crop = np.empty(image.shape, np.uint8)
             copy_image(image, crop)
@@ -905,13 +904,13 @@ class BatchSampler(torch.utils.data.Sampler):
 
     def __init__(self, count, batch_size, runtime, seed=None):
         self.count, self.batch_size, self.runtime, self.seed = count, batch_size, runtime, seed
-        self.total = batch_size * runtime.world_size  # images of a step, all ranks
+        self.total_batch = batch_size * runtime.world_size  # images of a step, all ranks
         self.epoch, self.first_image = 0, 0
 
     def __len__(self):
         """Steps that all ranks take; in evaluation some may have no image left for the last."""
         left = self.count - self.first_image
-        return left // self.total if self.seed is not None else -(-left // self.total)
+        return left // self.total_batch if self.seed is not None else -(-left // self.total_batch)
 
     def __iter__(self):
         rank, world_size = self.runtime.rank, self.runtime.world_size
@@ -919,7 +918,7 @@ class BatchSampler(torch.utils.data.Sampler):
             indices = np.arange(self.first_image + rank, self.count, world_size)
         else:
             order = np.random.RandomState([self.seed, self.epoch]).permutation(self.count)
-            steps = order[self.first_image:][:len(self) * self.total]
+            steps = order[self.first_image:][:len(self) * self.total_batch]
             indices = steps.reshape(len(self), world_size, self.batch_size)[:, rank].ravel()
         for number, first in enumerate(range(0, len(indices), self.batch_size)):
             yield number, self.epoch, indices[first:first + self.batch_size]
@@ -928,8 +927,7 @@ def init_loader(parent, index):
     """Ends a loader process with its parent, which trains and handles the signals."""
     signal.set_wakeup_fd(-1)
     die_with_parent(parent, signal.SIGKILL)
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+    install_handler(signal.SIG_IGN)
 
 def end_loaders():
     """Ends the loader processes; they ignore SIGTERM, for which torch would wait at exit."""
@@ -939,7 +937,7 @@ def end_loaders():
 
 def make_loader(images, flags, runtime, batch_size, workers, seed=None):
     """Returns the loader of images: for training where a seed is given, else for evaluation."""
-    # Two batches are asked of each worker in advance; one is in use, and one waits after it.
+    # Two slots a worker (DataLoader's prefetch_factor), one for the batch in use, one for the next.
     batches = ImageBatches(images, flags, seed, batch_size, slots=2 * workers + 2)
     sampler = BatchSampler(len(images), batch_size, runtime, seed)
     persistent = {"persistent_workers": True} if workers and TORCH >= (1, 7) else {}
@@ -954,7 +952,7 @@ def make_loader(images, flags, runtime, batch_size, workers, seed=None):
         worker_init_fn=functools.partial(init_loader, parent),
         timeout=flags.dist_timeout if workers else 0, **persistent)
     if persistent:
-        # Starts the processes with nothing to fetch: later they would copy the memory of a step.
+        # Starts the workers with nothing to fetch: later they would inherit the memory of a step.
         sampler.first_image = sampler.count
         iter(loader)
         sampler.first_image = 0
@@ -962,17 +960,17 @@ def make_loader(images, flags, runtime, batch_size, workers, seed=None):
     return loader
 
 def prefetch(loader, runtime, dtype):
-    """Yields batches on the device: normalized images, ``dtype`` [n, 3, S, S], targets [n], and
-    unreadable ones. Uint8 is copied, from pinned memory, on a stream of its own, a batch ahead."""
+    """Yields batches on the device: normalized images, ``dtype`` [n, 3, S, S], targets [n], and the
+    unreadable images. Copies uint8 from pinned memory on a stream of its own, a batch ahead."""
     device, module, stream = runtime.device, runtime.module, runtime.copy_stream
-    # For a row of pixels: three values for each pixel would take the CPU four times as long.
+    # Repeated for a row of pixels: broadcasting three values is slow on the CPU.
     size = loader.dataset.ring.shape[2]
     mean = torch.tensor([255 * m for m in MEAN] * size, device=device)
     scale = torch.tensor([1 / (255 * s) for s in STD] * size, device=device)
     npu, channels_last = runtime.backend.name == "npu", runtime.backend.channels_last
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     target_dtype = torch.int32 if npu and TORCH < (1, 10) else torch.int64  # of cross entropy
-    pinned = module is not None and (not npu or TORCH >= (1, 12))  # before, for CUDA alone
+    pinned = module is not None and (not npu or TORCH >= (1, 12))  # older: CUDA alone
     pin_options = {"device": "npu"} if npu and TORCH < (2, 6) else {}
     ready = None
     for slot, labels, unreadable in loader:
@@ -981,7 +979,7 @@ def prefetch(loader, runtime, dtype):
         if pinned:
             images, targets = images.pin_memory(**pin_options), targets.pin_memory(**pin_options)
         with module.stream(stream) if module else contextlib.nullcontext():
-            # torch_npu copies unpinned memory later, too, when it may be gone.
+            # torch_npu copies even unpinned memory asynchronously, when it may be freed already.
             images = images.to(device, non_blocking=pinned)
             targets = targets.to(device, non_blocking=pinned).to(target_dtype)
         if ready:
@@ -1052,9 +1050,9 @@ def find_apex(flags, backend):
     return None, reason
 
 def low_precision(flags, runtime):
-    """Returns what O1 and O2 compute in. Raises UserError where the card or torch lacks it."""
+    """Returns the dtype of O1 and O2. Raises UserError where the card or torch does not have it."""
     backend, module = runtime.backend, runtime.module
-    dtype = getattr(torch, flags.amp_dtype or "", backend.amp_dtype)
+    dtype = getattr(torch, flags.amp_dtype) if flags.amp_dtype else backend.amp_dtype
     if dtype == backend.amp_dtype:
         return dtype
     supported, options = getattr(module, "is_bf16_supported", lambda: False), {}
@@ -1066,17 +1064,17 @@ def low_precision(flags, runtime):
     return dtype
 
 def find_native_amp(backend, dtype):
-    """Returns what makes an autocast context for the device, or None, and a gradient scaler."""
-    own = backend.name == "npu" and hasattr(getattr(torch.npu, "amp", None), "autocast")
-    if own and dtype == torch.float16:
+    """Returns the classes (or partials) of autocast, None where torch has none, and GradScaler."""
+    npu_amp = backend.name == "npu" and hasattr(getattr(torch.npu, "amp", None), "autocast")
+    if npu_amp and dtype == torch.float16:
         return torch.npu.amp.autocast, torch.npu.amp.GradScaler  # reads older cards' overflow flag
     autocast, scaler = None, torch.cuda.amp.GradScaler
     if TORCH >= (1, 10):
-        autocast = functools.partial(torch.autocast, backend.module or "cpu", dtype=dtype)
+        autocast = functools.partial(torch.autocast, backend.type, dtype=dtype)
     elif backend.name == "gpu" and TORCH >= (1, 6):
         autocast = torch.cuda.amp.autocast
     if TORCH >= (2, 3):
-        scaler = functools.partial(torch.amp.GradScaler, backend.module or "cpu")
+        scaler = functools.partial(torch.amp.GradScaler, backend.type)
     return autocast, scaler
 
 class Precision:
@@ -1136,13 +1134,13 @@ class Precision:
         return model
 
     def initialize(self, model, optimizer=None):
-        """Returns the model, and to train the optimizer, as apex wants them."""
+        """Returns the model and, in training, the optimizer, patched by apex where it is used."""
         if not self.apex:
             return model, optimizer
         options = {"opt_level": self.level, "verbosity": self.verbosity, "loss_scale": "dynamic"}
         if optimizer is None:
             return self.apex.initialize(model, **options), None
-        if self.fixed_scale:  # apex notices no overflow of a fixed one, but of one that can't move
+        if self.fixed_scale:  # apex skips overflows of dynamic scales only: bounds fix one
             options.update(min_loss_scale=self.fixed_scale, max_loss_scale=self.fixed_scale)
         weights = [p.detach().clone() for p in model.parameters() if p.requires_grad]
         model, optimizer = self.apex.initialize(model, optimizer, **options, **self.ascend_options)
@@ -1157,7 +1155,7 @@ class Precision:
         return model, optimizer
 
     def backward(self, loss, optimizer, last=True):
-        """Adds the gradients of a loss, the ``last`` of a step or not."""
+        """Accumulates the gradients of a loss; ``last``: no other follows before the step."""
         if self.apex:
             with self.apex.scale_loss(loss, optimizer, delay_unscale=not last) as scaled_loss:
                 scaled_loss.backward()
@@ -1167,7 +1165,7 @@ class Precision:
     def step(self, optimizer):
         """Takes a step unless the gradients overflowed, and clears them."""
         for parameter, master in self.masters:
-            if master.grad is None:  # kept: Ascend's fused SGD goes on reading the first memory
+            if master.grad is None:  # made once: Ascend's fused SGD keeps its first address
                 master.grad = torch.empty_like(master)
             master.grad.copy_(parameter.grad)
         if self.clip_grad:
@@ -1302,8 +1300,8 @@ def build_optimizer(flags, runtime, precision, parameters):
     return optimizer
 
 def warm_up_ddp(model, runtime, precision):
-    """Takes two steps that change nothing. DDP rearranges its buckets after the first or second,
-    which rounds sums over more than two ranks otherwise: a resumed run would differ."""
+    """Runs backward twice and drops the gradients. DDP rearranges its buckets after that, and sums
+    of more than two ranks round differently then: a resumed run would not be bit-identical."""
     model.eval()
     for _ in range(2):
         images = torch.zeros(1, 3, 32, 32, dtype=precision.input_dtype, device=runtime.device)
@@ -1327,7 +1325,7 @@ def wrap_for_training(model, flags, runtime, precision):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = torch.nn.parallel.DistributedDataParallel(model, **options)
-        if not precision.apex:  # it keeps the weights' casts of a forward until its own backward
+        if not precision.apex:  # it caches the casts of weights until its own backward
             warm_up_ddp(model, runtime, precision)
     return torch.compile(model) if flags.compile else model
 
@@ -1400,11 +1398,11 @@ def optimizer_state(optimizer):
     return {"state": states, "param_groups": [group]}
 
 def settings(run):
-    """Returns the flags that the weights depend on, and what else they do: plain values."""
+    """Returns the flags and other plain values that the trained weights depend on."""
     values = {name: value for name, value in vars(run.flags).items() if name not in UNRELATED}
     sampler = run.train_loader.sampler
     return dict(values, device=run.runtime.backend.name, opt_level=run.precision.level,
-                seed=run.seed, batch_size=sampler.total, train_images=sampler.count,
+                seed=run.seed, batch_size=sampler.total_batch, train_images=sampler.count,
                 processes=run.group.size)
 
 def check_finite(state, name, advice):
@@ -1444,8 +1442,8 @@ def snapshot(run):
     return checkpoint
 
 def write_file(content, path, older=()):
-    """Writes bytes under a temporary name, then renames; a file there gets the first of the
-    ``older`` names. Raises UserError where that fails, with no file changed."""
+    """Writes bytes to ``path`` by renaming a temporary file; the present files of ``path`` and
+    ``older`` each get the next older name. Raises UserError where it fails, with none changed."""
     try:
         with contextlib.suppress(FileNotFoundError):
             os.remove(f"{path}.tmp")
@@ -1515,7 +1513,7 @@ def read_checkpoint(path):
             raise ValueError(f"it starts with {start}, which torch.save never writes")
         return dict(torch.load(path, map_location="cpu", **options))
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"no checkpoint {path!r} ({error.strerror}): give a file that exists")
+        raise UserError(f"no checkpoint {path!r} ({error.strerror}): give a file that can be read")
     except Exception as error:  # damaged bytes lead to almost any
         reason = str(error).rsplit("Unpickler error: ", 1)[-1]  # after advice to load it unsafely
         code = re.search(r"GLOBAL (\S+)", reason)
@@ -1524,12 +1522,12 @@ def read_checkpoint(path):
         raise UserError(f"{path} can't be read as a checkpoint: {first_line(reason)}")
 
 def saved_flags(checkpoint):
-    """Returns the flags that a checkpoint was trained with; of those that it lacks the defaults."""
+    """Returns the flags that a checkpoint was trained with, defaults where it does not say."""
     return dict(vars(parse_args(["data"])), **checkpoint.get("flags", {}))
 
 def adopt_flags(flags, checkpoint):
-    """Returns the flags of an evaluation, with those of its checkpoint where the command line gives
-    no others, and a list of what was taken from there."""
+    """Returns the flags of an evaluation, those of the model from its checkpoint unless the command
+    line has them, and a list of the flags that came from the checkpoint."""
     saved = dict(checkpoint.get("flags", {}))
     if checkpoint.get("arch") in mnasnet.ARCHITECTURES:  # timm's have other names
         saved["arch"] = checkpoint["arch"]
@@ -1544,8 +1542,7 @@ def find_checkpoint(flags):
     """Returns the checkpoint that --resume asks for, and its path; ({}, None) for none."""
     if flags.resume != "auto":
         return (read_checkpoint(flags.resume), flags.resume) if flags.resume else ({}, None)
-    paths = [checkpoint_path(flags, age) for age in range(100)]
-    paths = [path for path in paths if os.path.exists(path)]
+    paths = list(filter(os.path.exists, (checkpoint_path(flags, age) for age in range(100))))
     for path in paths:
         try:
             return read_checkpoint(path), path
@@ -1560,12 +1557,12 @@ def find_checkpoint(flags):
 
 @contextlib.contextmanager
 def loading(path):
-    """Turns what values of other types than expected lead to into a UserError."""
+    """Raises UserError for the errors that unexpected values in the file ``path`` lead to."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold what a checkpoint of this run holds "
-                        f"({type(error).__name__}: {first_line(error)})")
+        raise UserError(f"{path} does not hold what a checkpoint of main.py holds "
+                        f"({type(error).__name__}: {first_line(error)}): give another file")
 
 def find_state(checkpoint, path):
     """Returns the state dict of a checkpoint of any trainer of MnasNet, under the model's names.
@@ -1582,15 +1579,15 @@ def find_state(checkpoint, path):
     return state
 
 def load_weights(model, checkpoint, path, classes, new_classifier=False):
-    """Loads a checkpoint's state dict, but with ``new_classifier`` no classifier of other classes;
-    returns a note for the log. Raises UserError where model or classes do not fit."""
+    """Loads a checkpoint's state dict; ``new_classifier`` keeps the model's own where the classes
+    differ. Returns a note for the log. Raises UserError where model or classes do not fit."""
     state, note = find_state(checkpoint, path), ""
     count = len(state["classifier.1.weight"])
     if count != model.num_classes or checkpoint.get("classes", classes) != classes:
         found = f"{count} {'other ' if count == model.num_classes else ''}classes"
         if not new_classifier:
             raise UserError(f"{path} was trained on {found}, the data has {model.num_classes}: "
-                            "give the data it was trained on")
+                            "give the same data, or fine-tune by --pretrained --weights")
         note = f": {found} there, {model.num_classes} here, the classifier is re-initialised"
         state["classifier.1.weight"] = model.classifier[1].weight
         state["classifier.1.bias"] = model.classifier[1].bias
@@ -1673,7 +1670,7 @@ def restore_ranks(run, checkpoint):
         run.log("=> no longer bit-identical to an uninterrupted run: it had " + "; ".join(changes))
 
 def restore(run, checkpoint, path):
-    """Continues from a checkpoint, as far as possible also from one of the reference."""
+    """Resumes from a checkpoint; one of Ascend's reference implementation has less to restore."""
     with loading(path):
         if "optimizer" in checkpoint:
             load_optimizer_state(run.optimizer, checkpoint["optimizer"])
@@ -1688,7 +1685,7 @@ def restore(run, checkpoint, path):
             raise UserError(f"{path} is {run.images} images into an epoch, and the data has fewer: "
                             "give the data it was trained on")
         run.log(f"=> resumed from {path}: epoch {run.epoch}, {run.images} images into it")
-        if "running_stats" in checkpoint:  # not one of the reference
+        if "running_stats" in checkpoint:  # not in those of the reference implementation
             restore_ranks(run, checkpoint)
         if run.runtime.rank == 0 and run.history:
             write_metrics(run)
@@ -1731,7 +1728,7 @@ def set_results_aside(run):
             os.replace(os.path.join(root, name), os.path.join(folder, name))
         run.log(f"=> the results of an earlier run are now in {folder}")
 
-def name_bad_images(flags, images, unreadable, total):
+def report_unreadable(flags, images, unreadable, total):
     """Adds a step's ``unreadable``, (index, reason), to the log and bad_images.txt, once each.
     Raises UserError where ``total``, of this pass and all ranks, is more than --max-bad."""
     listed = os.path.join(flags.output_dir, "bad_images.txt")
@@ -1759,7 +1756,7 @@ class EpochMeter:
         # Left out of the throughput: compilation and caches are not steady yet.
         self.warm_up_steps = 0 if run.steady_images else min(5, len(self.sampler) // 2)
         self.begin, self.steps_done, self.data_time = time.monotonic(), 0, 0.0
-        self.printed = self.warm_up = np.zeros(3)  # what read() returned then
+        self.last_line = self.warm_up_end = np.zeros(3)  # what read() returned at these times
         self.first_weights = optimizer_parameters(run.optimizer)[-1].detach().clone()
 
     def read(self):
@@ -1779,7 +1776,7 @@ class EpochMeter:
         self.steps_done += 1
         if self.steps_done == self.warm_up_steps:
             self.run.runtime.synchronize()
-            self.warm_up = self.read()
+            self.warm_up_end = self.read()
 
     def check_loss(self, step):
         """Raises UserError where losses are not finite; a loss scale allows some of them."""
@@ -1792,10 +1789,10 @@ class EpochMeter:
 
     def print_step(self, step):
         """Prints this rank's last step, and the times of all since the last line."""
-        run, now, total = self.run, self.read(), self.sampler.total
-        steps, seconds, waiting = now - self.printed
-        self.printed = now
-        steady = now - self.warm_up if self.steps_done > self.warm_up_steps else now
+        run, now, total = self.run, self.read(), self.sampler.total_batch
+        steps, seconds, waiting = now - self.last_line
+        self.last_line = now
+        steady = now - self.warm_up_end if self.steps_done > self.warm_up_steps else now
         step_time = steady[1] / steady[0]
         epochs_left = run.flags.epochs - run.epoch
         time_left = ((self.steps * epochs_left - step - 1) * step_time
@@ -1820,8 +1817,8 @@ class EpochMeter:
             raise UserError(f"no step of epoch {run.epoch} has changed the weights: all gradients "
                             f"overflow at --loss-scale {run.flags.loss_scale}. Try a lower one")
         now = self.read()
-        steps, steady_seconds, _ = (now - self.warm_up).tolist()
-        images = int(steps) * self.sampler.total
+        steps, steady_seconds, _ = (now - self.warm_up_end).tolist()
+        images = int(steps) * self.sampler.total_batch
         run.steady_images += images
         run.steady_seconds += steady_seconds
         _, seconds, data_time = now.tolist()
@@ -1883,7 +1880,7 @@ def train_step(run, images, targets):
     """Takes one optimizer step on images [n, 3, S, S] and targets, [n] or probabilities [n, C];
     returns loss and logits, detached, on the device: nothing here waits for it."""
     losses, outputs = [], []
-    no_sync = getattr(run.train_model, "no_sync", contextlib.nullcontext)  # of several processes
+    no_sync = getattr(run.train_model, "no_sync", contextlib.nullcontext)  # DDP alone has it
     parts = list(zip(images.chunk(run.flags.accumulate), targets.chunk(run.flags.accumulate)))
     for number, (part, part_targets) in enumerate(parts, 1):
         last = number == len(parts)
@@ -1904,9 +1901,9 @@ def train_epoch(run):
     """Trains the rest of the epoch; returns its part of a row of metrics.csv. Raises Stopped where
     a signal has come, UserError where the loss is not finite, too many images are unreadable or a
     rank does not respond."""
-    flags, sampler, data = run.flags, run.train_loader.sampler, run.train_loader.dataset.images
+    flags, sampler = run.flags, run.train_loader.sampler
     sampler.epoch, sampler.first_image = run.epoch, run.images
-    first, bad = run.images // sampler.total, 0
+    first, bad = run.images // sampler.total_batch, 0
     steps = first + len(sampler)
     run.model.train(flags.freeze == "none")
     run.model.classifier.train()  # dropout
@@ -1921,16 +1918,16 @@ def train_epoch(run):
         images, targets, unreadable = next(batches)
         run.group.waiting = False
         meter.data_time += time.monotonic() - begin
-        # Not before the batch: a loader that starts draws a number, too.
+        # After next(batches): a DataLoader draws from the same generator when it starts.
         rng = seed_step(run)
         mixed = mix_batch(images, targets, run.model.num_classes, flags, rng)
         loss, logits = train_step(run, *mixed)
         meter.update(loss, logits, targets)
-        run.images += sampler.total
+        run.images += sampler.total_batch
 
         signum, total = run.group.sync_step(len(unreadable), last=step == steps - 1)
         bad += total
-        name_bad_images(flags, data, unreadable, bad)
+        report_unreadable(flags, run.train_loader.dataset.images, unreadable, bad)
         steps_done = run.epoch * steps + step + 1
         due = flags.save_freq and steps_done % flags.save_freq == 0
         if signum or due or step % flags.print_freq == 0 or step == steps - 1:
@@ -1969,7 +1966,7 @@ def evaluate(run, model):
         own_bad += len(unreadable)
         signum, total = run.group.sync_step(len(unreadable), last=step == len(sampler) - 1)
         bad += total
-        name_bad_images(flags, run.val_loader.dataset.images, unreadable, bad)
+        report_unreadable(flags, run.val_loader.dataset.images, unreadable, bad)
         if signum:
             raise Stopped(signum)
         if step % flags.print_freq == 0 and seen:
@@ -2022,7 +2019,7 @@ def train(run):
         run.log(f"=> epoch {row['epoch']}: {row['seconds']:.1f} s, train loss "
                 f"{row['train_loss']:.4f} Acc@1 {row['train_acc1']:.2f}, val loss "
                 f"{row['val_loss']:.4f} Acc@1 {row['acc1']:.2f} (best {run.best_acc1:.2f}), "
-                f"FPS {row['fps']:.2f} ( {row['fps']:.2f} )")
+                f"FPS {row['fps']:.2f} ( {row['fps']:.2f} )")  # twice: the form of print_step
     if not run.history:
         raise UserError(f"next epoch {run.epoch}, --epochs {run.flags.epochs}: nothing to do")
     best = max(run.history, key=lambda row: row["acc1"])
@@ -2033,15 +2030,15 @@ def train(run):
 
 def profile(run):
     """Profiles a few training steps: trace.json in --output-dir, the top operators on stdout."""
-    warm_up, steps, module = 3, 5, run.runtime.backend.module
+    warm_up, steps, device = 3, 5, run.runtime.backend.type
     if len(run.train_loader.sampler) < warm_up + steps:
         raise UserError(f"--run-prof needs data for {warm_up + steps} steps: lower --batch-size")
     batches = prefetch(run.train_loader, run.runtime, run.precision.input_dtype)
     run.model.train()
-    profilers, options = torch.autograd.profiler, {f"use_{module}": True} if module else {}
-    if module and TORCH >= (2, 1):  # kineto writes CUDA's kernels to the trace
-        options = {"use_device": module, "use_kineto": module == "cuda"}
-    if module == "npu" and hasattr(sys.modules.get("torch_npu"), "profiler"):
+    profilers, options = torch.autograd.profiler, {} if device == "cpu" else {f"use_{device}": True}
+    if device != "cpu" and TORCH >= (2, 1):  # kineto writes CUDA's kernels to the trace
+        options = {"use_device": device, "use_kineto": device == "cuda"}
+    if device == "npu" and hasattr(sys.modules.get("torch_npu"), "profiler"):
         profilers, options = sys.modules["torch_npu"].profiler, {}  # which knows CANN's kernels
     for _ in range(warm_up):
         train_step(run, *next(batches)[:2])
@@ -2053,7 +2050,7 @@ def profile(run):
     if run.runtime.rank == 0:
         path = os.path.join(run.flags.output_dir, "trace.json")
         profiler.export_chrome_trace(path)
-        order = "cuda_time_total" if module == "cuda" else "self_cpu_time_total"
+        order = "cuda_time_total" if device == "cuda" else "self_cpu_time_total"
         if hasattr(profiler, "key_averages"):  # torch_npu's makes no table
             print(profiler.key_averages().table(sort_by=order, row_limit=10))
         print(f"=> {steps} steps profiled; open {path} in chrome://tracing", flush=True)
@@ -2092,7 +2089,7 @@ def open_tensorboard(folder):
         raise UserError(f"can't write to --tensorboard {folder!r}: {error.strerror}")
 
 def build_run(flags, runtime, group, notes, checkpoint, path):
-    """Returns a run with its model, filled from what was asked for, and its loaders."""
+    """Returns a run with its loaders and its model, loaded from ``checkpoint`` or --pretrained."""
     train_images, val_images = open_images(flags)
     classes = val_images.classes
     with loading(path):
@@ -2106,7 +2103,7 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
     total, available = batch_size * runtime.world_size, len(train_images or val_images)
     if total < 1 or (train_images and total > available):
         raise UserError(f"--batch-size {flags.batch_size} gives steps of {total} images: expected "
-                        f"1 for each process to {available}")
+                        f"at least one per process, and at most the {available} of the data")
     if flags.lr_base_size:
         flags.lr *= total / flags.lr_base_size
     model = build_model(flags, runtime, len(classes), precision.conv_dtype)
@@ -2127,9 +2124,8 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
             run.log(load_pretrained(model, flags, classes))
     if path and flags.pretrained:
         run.log(f"=> --resume {path} wins over --pretrained")
-    if flags.ema and train_images:
-        run.ema = EMA(model, flags.ema, flags.ema_steps)
     if train_images:
+        run.ema = EMA(model, flags.ema, flags.ema_steps) if flags.ema else None
         run.train_loader = make_loader(train_images, flags, runtime, batch_size, workers, seed)
     if flags.tensorboard and runtime.rank == 0:
         run.tensorboard = open_tensorboard(flags.tensorboard)
@@ -2154,8 +2150,7 @@ def run_training(flags, runtime, group, notes):
         notes += f", with {' '.join(taken)} of {path}" if taken else ""
     run = build_run(flags, runtime, group, notes, checkpoint, path)
     if flags.evaluate:
-        run.precision.prepare(run.model)
-        run.model, _ = run.precision.initialize(run.model)
+        run.model, _ = run.precision.initialize(run.precision.convert(run.model))
         with group.handle_signals(None):
             loss, acc1, acc5, fps = evaluate(run, run.model)
         return print_result(run, acc1, acc5, fps, loss)
@@ -2175,7 +2170,6 @@ def main_worker(flags, backend, notes):
     """Runs one process, from its device to its exit status."""
     runtime = open_device(flags, backend)
     group = ProcessGroup(flags, runtime)
-    status = 0
     try:
         run_training(flags, runtime, group, notes)
         status = 128 + group.signal if group.signal else 0  # one that came too late to stop it

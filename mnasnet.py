@@ -1,10 +1,9 @@
 """MnasNet-B1, -A1 and -small: Tan et al., "MnasNet: Platform-Aware Neural Architecture Search for
 Mobile", 2018, arXiv 1807.11626.
 
-The modules of B1 are named and initialised as torchvision names and initialises them, so that
-weights move between the two freely, and the same seed gives the same network. But classifiers of
-all sizes get the range of that for 1,000 classes: torchvision's gives 10 classes a first loss of
-14.
+B1 has torchvision's module names and initialisation: each loads the other's state dicts, and the
+same seed gives the same weights. Only a classifier of other than 1,000 classes differs: it has the
+initial range of 1,000, as torchvision's gives 10 classes a first loss of 14.
 
 The end of the file is about speed on a CPU: ``optimize_for_cpu`` and ``keep_freed_memory`` for
 training, ``fold_batchnorm`` for evaluation. None changes names, parameters or results.
@@ -113,7 +112,7 @@ class _InvertedResidual(nn.Module):
         self.residual = stride == 1 and in_channels == out_channels
         layers = _conv_bn(in_channels, hidden, 1) if expansion > 1 else []
         layers += _conv_bn(hidden, hidden, kernel, stride, groups=hidden)
-        if squeeze:  # beside the ReLU, so that the numbers of the layers are those of B1
+        if squeeze:  # in one module with the ReLU, so that layers are numbered as in B1
             layers[-1] = nn.Sequential(layers[-1], _SqueezeExcitation(hidden, in_channels // 4))
         self.layers = nn.Sequential(*layers, *_conv_bn(hidden, out_channels, 1, relu=False))
 
@@ -254,41 +253,16 @@ def rename_from_timm(state_dict):
         renamed[f"{_TIMM.get(module, module)}.{kind}"] = tensor
     return renamed
 
-def mnasnet0_5(**kwargs):
-    """2.2 M parameters, 0.10 GMACs at 224 px; torchvision's weights reach 67.734 Acc@1."""
-    return MNASNet(0.5, **kwargs)
-
-def mnasnet0_75(**kwargs):
-    """3.2 M parameters, 0.22 GMACs at 224 px; torchvision's weights reach 71.180 Acc@1."""
-    return MNASNet(0.75, **kwargs)
-
-def mnasnet1_0(**kwargs):
-    """4.4 M parameters, 0.31 GMACs at 224 px; torchvision's weights reach 73.456 Acc@1."""
-    return MNASNet(1.0, **kwargs)
-
-def mnasnet1_3(**kwargs):
-    """6.3 M parameters, 0.53 GMACs at 224 px; torchvision's weights reach 76.506 Acc@1."""
-    return MNASNet(1.3, **kwargs)
-
-def mnasnet_a1_0_5(**kwargs):
-    """2.1 M parameters, 0.10 GMACs at 224 px."""
-    return MNASNet(0.5, variant="a1", **kwargs)
-
-def mnasnet_a1_0_75(**kwargs):
-    """2.9 M parameters, 0.22 GMACs at 224 px."""
-    return MNASNet(0.75, variant="a1", **kwargs)
-
-def mnasnet_a1(**kwargs):
-    """3.9 M parameters, 0.31 GMACs at 224 px; the paper's reaches 75.2 Acc@1."""
-    return MNASNet(1.0, variant="a1", **kwargs)
-
-def mnasnet_a1_1_4(**kwargs):
-    """6.1 M parameters, 0.59 GMACs at 224 px."""
-    return MNASNet(1.4, variant="a1", **kwargs)
-
-def mnasnet_small(**kwargs):
-    """2.0 M parameters, 0.07 GMACs at 224 px."""
-    return MNASNet(1.0, variant="small", **kwargs)
+# Name, width multiplier; parameters, GMACs at 224 px, and Acc@1 of torchvision's weights.
+mnasnet0_5 = functools.partial(MNASNet, 0.5)  # 2.2 M, 0.10, 67.734
+mnasnet0_75 = functools.partial(MNASNet, 0.75)  # 3.2 M, 0.22, 71.180
+mnasnet1_0 = functools.partial(MNASNet, 1.0)  # 4.4 M, 0.31, 73.456
+mnasnet1_3 = functools.partial(MNASNet, 1.3)  # 6.3 M, 0.53, 76.506
+mnasnet_a1_0_5 = functools.partial(MNASNet, 0.5, variant="a1")  # 2.1 M, 0.10
+mnasnet_a1_0_75 = functools.partial(MNASNet, 0.75, variant="a1")  # 2.9 M, 0.22
+mnasnet_a1 = functools.partial(MNASNet, 1.0, variant="a1")  # 3.9 M, 0.31, the paper's: 75.2 Acc@1
+mnasnet_a1_1_4 = functools.partial(MNASNet, 1.4, variant="a1")  # 6.1 M, 0.59
+mnasnet_small = functools.partial(MNASNet, 1.0, variant="small")  # 2.0 M, 0.07
 
 
 # --- Speed on a CPU -------------------------------------------------------------------------------
@@ -298,7 +272,7 @@ def optimize_for_cpu(model, dtype):
 
     torch 1.5 and 1.8 get correct gradients, later versions faster ones.
     """
-    if has_depthwise_gradient_bug():
+    if TORCH < (2, 0):  # wrong weight gradients at stride 2 (pytorch issue 50042)
         forward = padded_depthwise_conv2d
     elif has_fast_depthwise(dtype):
         forward = functools.partial(depthwise_conv2d, dtype)
@@ -307,11 +281,6 @@ def optimize_for_cpu(model, dtype):
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             module.forward = functools.partial(forward, module)
-
-def has_depthwise_gradient_bug():
-    """Whether depthwise convolutions of stride 2 have wrong weight gradients on the CPU, as in
-    torch 1.5 and 1.8 (pytorch issue 50042)."""
-    return TORCH < (2, 0)
 
 def padded_depthwise_conv2d(conv, images):
     """Computes ``conv`` on images padded beforehand, where gradients are correct, by the operator
@@ -325,7 +294,6 @@ def padded_depthwise_conv2d(conv, images):
 
 def has_fast_depthwise(dtype):
     """Whether ``depthwise_conv2d`` is available: torch 2.x, on a CPU that has ``dtype``."""
-    # torch < 1.11 has no convolution_backward.
     return TORCH >= (2, 0) and (
         dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -338,9 +306,9 @@ def depthwise_conv2d(dtype, conv, images):
 class DepthwiseConv2d(torch.autograd.Function):
     """A depthwise convolution of images [N, C, H, W] and weights [C, 1, K, K], float32 or bfloat16.
 
-    oneDNN computes some gradients slowly, which are computed in another way here: those of images
-    as a convolution of ``grad_output``, at stride 2 with zeros between its pixels, with the weights
-    turned around (but in float32 at stride 2); those of 5x5 weights as two of 5x3 weights.
+    oneDNN computes some gradients slowly. Here that of images is a convolution of ``grad_output``,
+    at stride 2 with zeros between its pixels, with the flipped weights (in float32 only at stride
+    1), and that of 5x5 weights is put together from those of two halves of 5x3.
     """
 
     @staticmethod
@@ -356,7 +324,8 @@ class DepthwiseConv2d(torch.autograd.Function):
         # Any other layout is slow.
         grad_output = grad_output.contiguous(memory_format=torch.channels_last)
         if stride[0] > 1 and images.dtype == torch.float32:
-            grad_images = conv2d_input(images.shape, weight, grad_output, stride, padding, 1, groups)
+            grad_images = conv2d_input(
+                images.shape, weight, grad_output, stride, padding, 1, groups)
         else:
             spread = grad_output
             if stride[0] > 1:

@@ -50,7 +50,7 @@ wait_gone() { # PROCESS SECONDS: whether it (or, as -GROUP, a whole process grou
 # Runs COMMAND and leaves its exit status in `status`. SIGINT, SIGTERM and SIGUSR1 are forwarded (a
 # closed terminal as SIGTERM), and the command is waited for however long it takes to save.
 supervise() { # COMMAND ...
-  local again
+  local wait_status
   signal='' child='' status=0
   trap 'forward_signal INT' INT
   trap 'forward_signal USR1' USR1
@@ -67,10 +67,10 @@ supervise() { # COMMAND ...
 
   # A signal makes `wait` return early, with a status that is not the command's: wait once more.
   while :; do
-    signal='' again=0
-    wait "$child" 2>/dev/null || again=$? # quiet: bash prints a line about a killed command
-    ((again == 127 && status > 128)) || status=$again
-    if [[ -z $signal ]] || ((again < 128)); then break; fi
+    signal='' wait_status=0
+    wait "$child" 2>/dev/null || wait_status=$? # quiet: bash prints a line about a killed command
+    ((wait_status == 127 && status > 128)) || status=$wait_status # 127: reaped before
+    if [[ -z $signal ]] || ((wait_status < 128)); then break; fi
   done
   trap - INT USR1 TERM HUP QUIT
 
@@ -190,7 +190,7 @@ train_full_1p.sh saved"
   fi
   command -v -- "$python" >/dev/null ||
     exit_with 1 "no interpreter $(quote "$python"); name one with --python=PATH, or run \
-test/quickstart.sh, which makes one"
+test/quickstart.sh, which makes an environment"
 }
 
 # --------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ check_user_environment() { # MODULE ...
   for module in "$@"; do
     "$python" -c "import $module" 2>/dev/null ||
       exit_with 1 "$(quote "$python") is in an environment of yours, which lacks $module; \
-install it, or give --python= an interpreter outside"
+install it, or give --python= an interpreter that is in no environment"
   done
   found=$("$python" -c 'import torch; print(torch.__version__)')
   [[ $found == "${generation%x}"* ]] ||

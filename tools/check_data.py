@@ -61,7 +61,7 @@ def main():
         different = check_classes(train, val)
         bad = check("train", train, flags) + check("val", val, flags)
     except (trainer.UserError, RuntimeError) as error:  # torch's is of a loader that hangs
-        trainer.print_error(error)
+        trainer.print_error(error, program="check_data.py")
         return 1
     print(f"{bad} bad image(s)")
     return 1 if bad or different else 0

@@ -108,7 +108,7 @@ def main():
                 raise trainer.UserError(f"{arguments.out} is not written: expected 1e-4 at most")
         trainer.write_file(content, arguments.out)
     except trainer.UserError as error:
-        trainer.print_error(error)
+        trainer.print_error(error, program="export_onnx.py")
         return 1
     print(f"=> {arguments.out}: {json.dumps(dict(metadata, classes=model.num_classes))}")
     return 0

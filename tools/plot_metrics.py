@@ -75,14 +75,11 @@ def main():
         runs = list(zip(names, map(read_metrics, arguments.runs)))
         draw(runs, arguments.output)
     except ImportError:
-        message = "matplotlib is missing: pip install matplotlib"
+        return "plot_metrics.py: error: matplotlib is missing: pip install matplotlib"
     except (OSError, ValueError) as error:
-        message = str(error)
-    else:
-        print(f"=> {arguments.output}")
-        return 0
-    print(f"plot_metrics.py: error: {message}", file=sys.stderr)
-    return 1
+        return f"plot_metrics.py: error: {error}"
+    print(f"=> {arguments.output}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -52,15 +52,14 @@ def load_model(path, words):
         precision.verbosity = 0  # apex would print between the predictions
         model = trainer.build_model(flags, runtime, len(classes), precision.conv_dtype)
         trainer.load_weights(model, checkpoint, path, classes)
-    precision.prepare(model)
-    model = precision.initialize(model)[0].eval()
+    model = precision.initialize(precision.convert(model))[0].eval()
     if runtime.backend.name == "cpu":
         model = trainer.mnasnet.fold_batchnorm(model)
     return model, classes, flags, runtime, precision
 
 
 def report(out, rows):
-    """Writes accuracy, classes by rising recall, confusions; a row: class and, if read, guesses."""
+    """Writes accuracy, recalls, confusions; a row: true class, then guess, its probability, ..."""
     pairs = Counter(row[:2] for row in rows)
     support = Counter(row[0] for row in rows)
     guessed = Counter(row[1] for row in rows if len(row) > 1)

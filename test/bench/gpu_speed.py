@@ -113,7 +113,7 @@ def describe_card(flags):
         raise trainer.UserError("no card")
     backend = trainer.BACKENDS[flags.device]
     count, _ = trainer.device_count(backend)
-    module = getattr(torch, backend.module)
+    module = getattr(torch, backend.type)
     memory = module.get_device_properties(0).total_memory / 2 ** 30
     libraries = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     if flags.device == "npu":
@@ -178,13 +178,13 @@ def time_steps(flags, run, images, targets):
 def profile_step(flags):
     """One step: its kernels, and the operators that take most."""
     run, images, targets = open_run(flags, flags.sizes.batches[-1], *O1)
-    module = run.runtime.backend.module
-    options = {f"use_{module}": True} if module else {}
-    if module and trainer.TORCH >= (2, 1):
-        options = {"use_device": module, "use_kineto": module == "cuda"}
+    device = run.runtime.backend.type
+    options = {} if device == "cpu" else {f"use_{device}": True}
+    if device != "cpu" and trainer.TORCH >= (2, 1):
+        options = {"use_device": device, "use_kineto": device == "cuda"}
     # Its name in torch >= 2.4, before on an NPU, and on a GPU.
     costs = [f"self_{kind}_time_total" for kind in ("device", "privateuse1", "cuda")]
-    if not module:
+    if device == "cpu":
         costs = ["self_cpu_time_total"]
     step = functools.partial(trainer.train_step, run, images, targets)
     for _ in range(flags.sizes.warm_up):

@@ -58,7 +58,7 @@ def find_installed():
             else "nvidia"
         backend = main.BACKENDS[BACKEND_OF[vendor]]
         found, _ = main.device_count(backend)
-        device = torch.device(f"{backend.module}:0" if found else "cpu")
+        device = torch.device(f"{backend.type}:0" if found else "cpu")
         # O0 changes nothing, but refuses tensors that are not on the card.
         amp.initialize(torch.nn.Linear(1, 1).to(device), opt_level="O0", verbosity=0)
     except Exception:
@@ -115,7 +115,7 @@ class Apex:
 
 def fake_card(monkeypatch, name):
     """Makes the CPU look like a card to main.py."""
-    backend = dataclasses.replace(main.BACKENDS[name], module="")
+    backend = dataclasses.replace(main.BACKENDS[name], type="cpu")
     prefetch, build_model = main.prefetch, main.build_model
 
     def prefetch_int64(*arguments):  # under an old torch an npu gets int32, which the CPU refuses

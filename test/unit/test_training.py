@@ -196,7 +196,7 @@ class NpuProfiler:
 def test_profiling_on_an_npu_is_torch_npus(images, run_here, tmp_path, monkeypatch):
     torch_npu = types.SimpleNamespace(profiler=types.SimpleNamespace(profile=NpuProfiler))
     monkeypatch.setitem(sys.modules, "torch_npu", torch_npu)
-    npu = dataclasses.replace(main.BACKENDS["cpu"], module="npu")
+    npu = dataclasses.replace(main.BACKENDS["cpu"], type="npu")
     profile = main.profile
 
     def profile_as_on_an_npu(run):
