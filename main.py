@@ -83,7 +83,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 class UserError(Exception):
     """A mistake that the user can fix: one line says what was found, expected and to be done."""
 
-class Stopped(Exception):
+class Stopped(BaseException):  # no Exception, which decoders catch
     """Raised where a signal ends the run; ``args[0]`` is its number."""
 
 def print_error(error, rank=None, program="main.py"):
@@ -715,10 +715,12 @@ def read_image(path, get_crop, size):
         raise OSError(f"{type(error).__name__}: {first_line(error)}")
 
 def list_images(folder, above):
-    """Returns the paths of the images below a folder. A link to itself or to one of the folders
-    ``above`` it is not followed. Raises OSError where a folder can't be read."""
+    """Returns the paths of the images below a folder, without hidden ones. A link to itself or to
+    one of the folders ``above`` it is not followed. Raises OSError where a folder can't be read."""
     above, paths = above + (os.path.realpath(folder),), []
     for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
         if entry.is_dir():
             if not entry.is_symlink() or os.path.realpath(entry.path) not in above:
                 paths += list_images(entry.path, above)
@@ -775,7 +777,8 @@ class SyntheticImages(ImageFolder):
 def open_images(flags):
     """Returns the training images, or None for an evaluation, and the validation images."""
     if flags.synthetic:
-        return SyntheticImages(flags.synthetic), SyntheticImages(flags.synthetic)
+        images = SyntheticImages(flags.synthetic)
+        return None if flags.evaluate else images, images
     train = None if flags.evaluate else ImageFolder(os.path.join(flags.data, "train"))
     val = ImageFolder(os.path.join(flags.data, "val"))
     if train and train.classes != val.classes:
@@ -1060,7 +1063,8 @@ def low_precision(flags, runtime):
         options["including_emulation"] = False  # which is slow
     if not supported(**options):
         raise UserError(f"--amp-dtype {flags.amp_dtype} is not available on this {backend.name} "
-                        f"with torch {torch.__version__}: use {str(backend.amp_dtype)[6:]}")
+                        f"with torch {torch.__version__}: use {str(backend.amp_dtype)[6:]}, or "
+                        "--opt-level O0")
     return dtype
 
 def find_native_amp(backend, dtype):
@@ -1119,6 +1123,8 @@ class Precision:
     def prepare(self, model):
         """Returns the parameters to optimize; native O2 converts the model to low precision."""
         parameters = [p for p in model.parameters() if p.requires_grad]
+        self.frozen = {name: p.detach().clone() for name, p in model.named_parameters()
+                       if not p.requires_grad}  # O2 has no master weights of them
         if self.input_dtype == torch.float32:
             return parameters
         self.masters = [(p, p.detach().clone().requires_grad_()) for p in parameters]
@@ -1182,6 +1188,13 @@ class Precision:
             parameter.data.copy_(master.data)
             parameter.grad = None
 
+    def fp32_state(self, model, optimizer):
+        """Returns the state dict of a model in training, with the weights in fp32 also under O2."""
+        state_dict = model.state_dict()
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        state_dict.update(zip(names, optimizer_parameters(optimizer)), **self.frozen)
+        return state_dict
+
     def state_dict(self):
         return (self.apex or self.scaler).state_dict()
 
@@ -1206,13 +1219,6 @@ def build_model(flags, runtime, num_classes, dtype=torch.float32):
     options = {"memory_format": torch.channels_last} if runtime.backend.channels_last else {}
     return model.to(runtime.device, **options)
 
-def trained_state(model, optimizer):
-    """Returns the state dict of a model in training, under O2 with its master weights."""
-    state_dict = model.state_dict()
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    state_dict.update(zip(names, optimizer_parameters(optimizer)))
-    return state_dict
-
 class EMA:
     """An exponential moving average of a model's weights and BatchNorm statistics, in fp32, held by
     its own ``model``. The decay grows to ``decay`` as in TensorFlow's ExponentialMovingAverage, so
@@ -1222,9 +1228,8 @@ class EMA:
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.decay, self.steps, self.step, self.pairs = decay, steps, 0, []
 
-    def track(self, model, optimizer):
-        """Follows a model in training."""
-        state_dict = trained_state(model, optimizer)
+    def track(self, state_dict):
+        """Follows the tensors of a model in training."""
         self.pairs = [(average, state_dict[name]) for name, average
                       in self.model.state_dict().items() if average.is_floating_point()]
 
@@ -1423,7 +1428,7 @@ def snapshot(run):
     # Each rank's own statistics and totals make a resumed run equal to the last bit.
     stats = average_running_stats(run.model, run.group)
     totals = run.group.gather(run.totals.double().cpu())
-    state_dict = to_host(trained_state(run.model, run.optimizer))
+    state_dict = to_host(run.precision.fp32_state(run.model, run.optimizer))
     set_running_stats(run.model, stats[run.runtime.rank])
     check_finite(state_dict, "the model", "it is not saved. Try a lower --lr or a longer --warmup")
     checkpoint = {
@@ -1614,7 +1619,10 @@ def load_pretrained(model, flags, classes):
                 source, map_location="cpu", progress=False, check_hash=True, **options)
         except Exception as error:  # a damaged file in the cache leads to almost any
             raise UserError(f"can't download {source} ({first_line(error)}): give --weights FILE")
-    note = load_weights(model, checkpoint, source, classes, new_classifier=True)
+    note = load_weights(model, checkpoint, source, classes, new_classifier=not flags.evaluate)
+    bn_eps = checkpoint.get("flags", {}).get("bn_eps", flags.bn_eps)
+    if bn_eps != flags.bn_eps:
+        note += f"; they were trained with --bn-eps {bn_eps}, now {flags.bn_eps}"
     return f"=> weights of {source}{note}"
 
 def load_optimizer_state(optimizer, saved):
@@ -1627,11 +1635,11 @@ def load_optimizer_state(optimizer, saved):
     for group in optimizer.param_groups:
         group["lr"] = saved["param_groups"][0]["lr"]
     for name, parameter in zip(names, parameters):
-        state = optimizer.state[parameter]
-        for key, value in saved["state"].get(name, {}).items():
+        state, saved_state = optimizer.state[parameter], saved["state"].get(name, {})
+        for key, value in saved_state.items():
             if value is None:  # without momentum
                 continue
-            if value.shape != parameter.shape or (state and key not in state):
+            if value.shape != parameter.shape or (state and set(state) != set(saved_state)):
                 raise ValueError(f"it has {key} of {value.shape}, expected "
                                  f"{', '.join(state) or key} of {parameter.shape}")
             # In the parameter's order in memory, which a fused optimizer needs.
@@ -1687,8 +1695,6 @@ def restore(run, checkpoint, path):
         run.log(f"=> resumed from {path}: epoch {run.epoch}, {run.images} images into it")
         if "running_stats" in checkpoint:  # not in those of the reference implementation
             restore_ranks(run, checkpoint)
-        if run.runtime.rank == 0 and run.history:
-            write_metrics(run)
 
 @contextlib.contextmanager
 def lock_folder(path):
@@ -1709,24 +1715,33 @@ def lock_folder(path):
             raise UserError(f"another run writes to {path!r}: give another --output-dir")
         yield
     finally:
+        fcntl.flock(folder, fcntl.LOCK_UN)  # loaders have inherited it
         os.close(folder)
-
-def write_flags(run):
-    """Writes args.json: all flags, and what they resolved to."""
-    values = dict(vars(run.flags), **settings(run), torch=str(torch.__version__))
-    path = os.path.join(run.flags.output_dir, "args.json")
-    write_file(json.dumps(values, indent=1).encode(), path)
 
 def set_results_aside(run):
     """Moves what an earlier run left in --output-dir into a folder of its own there."""
     root = run.flags.output_dir
-    results = r"(checkpoint(-\d+)?|model_best(_ema)?)\.pth\.tar|metrics\.csv|args\.json"
+    results = (r"(checkpoint(-\d+)?|model_best(_ema)?)\.pth\.tar|"
+               r"metrics\.csv|args\.json|bad_images\.txt")
     names = [name for name in os.listdir(root) if re.fullmatch(results, name)]
-    if set(names) - {"args.json"}:  # which a run that was stopped early leaves alone
+    if set(names) - {"args.json", "bad_images.txt"}:  # those of a run that was stopped early
         folder = tempfile.mkdtemp(dir=root, prefix=time.strftime("previous-%Y%m%d-%H%M%S-"))
+        os.chmod(folder, os.stat(root).st_mode & 0o777)
         for name in names:
             os.replace(os.path.join(root, name), os.path.join(folder, name))
         run.log(f"=> the results of an earlier run are now in {folder}")
+
+def prepare_folder(run, path):
+    """Writes what the run that resumes from ``path``, or None, knows at its start: args.json, with
+    all flags and what they resolved to, and metrics.csv."""
+    folder = run.flags.output_dir
+    if not path or not os.path.samefile(os.path.dirname(path) or ".", folder):
+        set_results_aside(run)
+    values = dict(vars(run.flags), **settings(run), torch=str(torch.__version__))
+    write_file(json.dumps(values, indent=1).encode(), os.path.join(folder, "args.json"))
+    if run.history:
+        with loading(path):
+            write_metrics(run)
 
 def report_unreadable(flags, images, unreadable, total):
     """Adds a step's ``unreadable``, (index, reason), to the log and bad_images.txt, once each.
@@ -1746,7 +1761,7 @@ def report_unreadable(flags, images, unreadable, total):
         print(f"=> can't read {name}: {reason}", flush=True)
     limit = max(10, len(images) // 1000) if flags.max_bad is None else flags.max_bad
     if total > limit:
-        raise UserError(f"{total} images can't be read, more than --max-bad {limit}: see the log")
+        raise UserError(f"{total} images can't be read, more than --max-bad {limit}: see {listed}")
 
 class EpochMeter:
     """The figures of an epoch. Those of the steps stay on the device until they are printed."""
@@ -2004,6 +2019,7 @@ def train(run):
             row["val_loss"], row["acc1"], row["acc5"], _ = evaluate(run, run.model)
             run.evaluation_seconds = time.monotonic() - begin
         except Stopped:
+            run.group.ended.set()  # however long it takes to save
             save(run)
             raise
         row.update(epoch=run.epoch, lr=learning_rate(run.flags, run.epoch))
@@ -2064,7 +2080,7 @@ def agree_on_seed(flags, group, seed, data):
     described = repr([data] + [getattr(flags, name) for name in names])
     seeds, sums = group.gather(torch.tensor([seed, zlib.crc32(described.encode())])).t().tolist()
     if len(set(sums)) > 1:
-        raise UserError("the ranks differ in their flags or their data: start all with the same")
+        raise UserError("the ranks differ in flags, data or checkpoint: start all with the same")
     return seeds[0]
 
 def seed_everything(seed, deterministic):
@@ -2095,7 +2111,8 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
     with loading(path):
         drawn = int(checkpoint.get("seed", random.SystemRandom().randrange(2 ** 31)))
     seed = agree_on_seed(flags, group, drawn if flags.seed is None else flags.seed,
-                         (classes, len(val_images), len(train_images or ())))
+                         (classes, len(val_images), len(train_images or ()),
+                          checkpoint.get("epoch"), checkpoint.get("images")))
     seed_everything(seed, deterministic=flags.seed is not None)
     precision = Precision(flags, runtime)
     batch_size = flags.batch_size // runtime.local_size
@@ -2138,31 +2155,31 @@ def prepare_training(run):
     optimizer = build_optimizer(run.flags, run.runtime, run.precision, groups)
     run.model, run.optimizer = run.precision.initialize(run.model, optimizer)
     if run.ema:
-        run.ema.track(run.model, run.optimizer)
+        run.ema.track(run.precision.fp32_state(run.model, run.optimizer))
     run.train_model = wrap_for_training(run.model, run.flags, run.runtime, run.precision)
 
 def run_training(flags, runtime, group, notes):
     """Trains, evaluates or profiles."""
-    checkpoint, path = find_checkpoint(flags)
-    if flags.evaluate and path:
-        with loading(path):
-            flags, taken = adopt_flags(flags, checkpoint)
-        notes += f", with {' '.join(taken)} of {path}" if taken else ""
-    run = build_run(flags, runtime, group, notes, checkpoint, path)
-    if flags.evaluate:
-        run.model, _ = run.precision.initialize(run.precision.convert(run.model))
-        with group.handle_signals(None):
-            loss, acc1, acc5, fps = evaluate(run, run.model)
-        return print_result(run, acc1, acc5, fps, loss)
-    prepare_training(run)
-    with lock_folder(flags.output_dir) if runtime.rank == 0 else contextlib.nullcontext():
-        if runtime.rank == 0:  # another node may not have the folder
-            own = path and os.path.samefile(os.path.dirname(path) or ".", flags.output_dir)
-            if not own and not flags.run_prof:
-                set_results_aside(run)
-            write_flags(run)
+    locks = runtime.rank == 0 and not flags.evaluate  # another node may not have the folder
+    with lock_folder(flags.output_dir) if locks else contextlib.nullcontext():
+        group.gather(torch.zeros(1))  # the run that held the folder has saved its checkpoint
+        checkpoint, path = find_checkpoint(flags)
+        source = path or flags.weights
+        if flags.evaluate and source:
+            with loading(source):
+                flags, taken = adopt_flags(flags, checkpoint if path else read_checkpoint(source))
+            notes += f", with {' '.join(taken)} of {source}" if taken else ""
+        run = build_run(flags, runtime, group, notes, checkpoint, path)
+        if flags.evaluate:
+            run.model, _ = run.precision.initialize(run.precision.convert(run.model))
+            with group.handle_signals(None):
+                loss, acc1, acc5, fps = evaluate(run, run.model)
+            return print_result(run, acc1, acc5, fps, loss)
+        prepare_training(run)
         if path:
             restore(run, checkpoint, path)
+        if runtime.rank == 0 and not flags.run_prof:
+            prepare_folder(run, path)
         with group.handle_signals(checkpoint_path(flags)):
             return profile(run) if flags.run_prof else train(run)
 

@@ -334,10 +334,11 @@ class DepthwiseConv2d(torch.autograd.Function):
             grad_images = F.conv2d(spread, weight.flip(2, 3), None, 1, padding, 1, groups)
         if min(images.shape[2:]) < weight.shape[3]:  # too small for oneDNN's fast kernels
             images, padding = F.pad(images, [padding[0]] * 4), (0, 0)
+        grad_weight = torch.empty_like(weight)  # DistributedDataParallel asks for its strides
         if weight.shape[3] == 3:
-            return grad_images, conv2d_weight(
-                images, weight.shape, grad_output, stride, padding, 1, groups), None, None
-        grad_weight = torch.empty_like(weight)
+            grad_weight.copy_(conv2d_weight(
+                images, weight.shape, grad_output, stride, padding, 1, groups))
+            return grad_images, grad_weight, None, None
         width = stride[1] * (grad_output.shape[3] - 1) + 3  # what a kernel 3 wide covers
         for first in (0, 2):
             left = padding[1] - first

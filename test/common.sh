@@ -277,7 +277,10 @@ report_failure() {
 
 # A resumed run repeats the steps since its checkpoint: the last line of a step counts.
 step_losses() {
-  awk '/Epoch:/ && match($0, /Epoch: *\[[^]]*\]\[[^]]*\]/) {
+  awk '/^=> .* process\(es\) with batch size / { fresh = 1 }
+    /^=> resumed from / { fresh = 0 }
+    /Epoch:/ && match($0, /Epoch: *\[[^]]*\]\[[^]]*\]/) {
+      if (fresh) { split("", loss); count = fresh = 0 }
       step = substr($0, RSTART, RLENGTH)
       for (i = 1; i < NF; i++) if ($i == "Loss") break
       if (!(step in loss)) order[++count] = step

@@ -39,6 +39,8 @@ while (($#)); do
   shift
 done
 check_device_id
+[[ " $* " != *' --output-dir'* ]] ||
+  exit_with 2 "--output-dir is not applicable: the quick start saves in $(quote "$result")"
 
 set_generation "$torch"
 make_environment ''

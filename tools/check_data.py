@@ -9,9 +9,12 @@ or the folder is incomplete, with 2 for an invalid command line.
 
 import argparse
 import os
+import signal
 import sys
 import time
 
+for signum in (signal.SIGINT, signal.SIGPIPE):  # Ctrl-C, and | head: no traceback
+    signal.signal(signum, signal.SIG_DFL)
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir))
 
 import torch

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -87,6 +88,13 @@ def test_an_optimizer_takes_its_state_from_another_torch_and_keeps_its_options(o
 def test_the_state_of_another_optimizer_is_refused(optimizer, name, channels, parameters):
     saved = saved_by_another_torch(optimizer, **{name: torch.randn(channels, 4, 1, 1)})
     saved["param_groups"][0]["params"] *= parameters
+    with pytest.raises(ValueError):
+        main.load_optimizer_state(optimizer, saved)
+
+
+def test_sgd_does_not_resume_as_rmsprop():
+    optimizer = main.RMSpropTF([torch.nn.Parameter(torch.ones(8))], 0.1, 0.9, 0)
+    saved = saved_by_another_torch(optimizer, momentum_buffer=torch.ones(8))
     with pytest.raises(ValueError):
         main.load_optimizer_state(optimizer, saved)
 
@@ -180,6 +188,8 @@ def test_pretrained_weights_of_other_classes_train(images, run_here, classes, no
     trained = main.read_checkpoint("checkpoint.pth.tar")["state_dict"]
     assert torch.equal(trained["layers.0.weight"], state["layers.0.weight"])
     assert not torch.equal(trained["classifier.1.weight"], state["classifier.1.weight"][:4])
+    evaluated = run_here(images, "-e", "--pretrained", "--weights", "other.pth")
+    assert f"other.pth was trained on {note.split(' there')[0]}" in the_error(evaluated)
     missing = run_here(images, "--pretrained", "--weights", "none.pth")
     assert "no checkpoint 'none.pth'" in the_error(missing)
 
@@ -243,9 +253,31 @@ def test_a_run_from_scratch_sets_older_results_aside(images, trained, run_here, 
     assert f"=> the results of an earlier run are now in ./{folder.name}" in result.stdout
     for name in ("model_best.pth.tar", "checkpoint.pth.tar", "metrics.csv"):
         assert (folder / name).read_bytes() == (trained[0] / name).read_bytes()
+    assert folder.stat().st_mode == tmp_path.stat().st_mode
     assert (tmp_path / "other.pth.tar").exists() and read_checkpoint(tmp_path)["epoch"] == 1
     losses(run_here(images, "--epochs", 2, "--resume", "auto"))
     assert list(tmp_path.glob("previous-*")) == [folder]  # a resumed run moves nothing
+
+
+@pytest.mark.parametrize("extra,status", [
+    (["--resume", "auto", "--freeze", "features"], 1), (["--epochs", 1, "--run-prof"], 0)])
+def test_the_results_of_a_run_stay_where_another_fails_or_profiles(
+        images, trained, run_here, tmp_path, extra, status):
+    for name in ("checkpoint.pth.tar", "metrics.csv", "args.json"):
+        shutil.copy(str(trained[0] / name), str(tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run_here(images, *extra, "-b", 3).returncode == status
+    assert not list(tmp_path.glob("previous-*"))
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+
+
+def test_a_run_waits_for_the_checkpoint_of_the_one_before(images, trained, tmp_path):
+    with main.lock_folder(str(tmp_path)):  # as a run does until it has saved
+        run = start_main(images, "--epochs", 3, "--resume", "auto", cwd=tmp_path)
+        time.sleep(6)
+        shutil.copy(str(trained[0] / "checkpoint.pth.tar"), str(tmp_path))
+    output = run.communicate(timeout=300)[0]
+    assert run.returncode == 0 and "=> resumed from ./checkpoint.pth.tar: epoch 2" in output
 
 
 def test_what_a_resumed_run_changes_is_said(images, trained, run_here):
@@ -344,6 +376,19 @@ def test_pretrained_weights_evaluate(images, trained, run_here):
     result = run_here(images, "-e", "--pretrained", "--weights", "four.pth")
     expected = read_checkpoint(trained[0])["history"][-1]["val_loss"]
     assert final_loss(result) == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_evaluation_of_weights_takes_the_flags_of_their_training(images, trained, run_here):
+    checkpoint = read_checkpoint(trained[0])
+    checkpoint["flags"]["bn_eps"] = 0.5
+    torch.save(checkpoint, "other.pth")
+    results = [run_here(images, "-e", *words, "other.pth")
+               for words in (["--resume"], ["--pretrained", "--weights"])]
+    assert final_loss(results[0]) == final_loss(results[1])
+    assert all("with --bn-eps=0.5" in result.stdout for result in results)
+    note = "trained with --bn-eps 0.5, now 1e-05"
+    words = ["--pretrained", "--weights", "other.pth", "--lr", 0]
+    assert note in run_here(images, "--epochs", 1, *words).stdout
 
 
 def test_published_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):

@@ -212,11 +212,25 @@ def test_a_file_that_is_not_regular_is_refused(tmp_path):
             read(tmp_path / name)
 
 
-def test_hidden_folders_are_no_classes(images, tmp_path):
+def test_what_is_hidden_is_ignored(images, tmp_path):
     shutil.copytree(str(images / "val"), str(tmp_path / "val"))
     (tmp_path / "val" / ".cache").mkdir()
-    found = main.ImageFolder(str(tmp_path / "val"))
-    assert found.classes == main.ImageFolder(str(images / "val")).classes
+    folder = tmp_path / "val" / "class 0"
+    shutil.copytree(str(images / "val" / "class 0"), str(folder / ".ipynb_checkpoints"))
+    (folder / "._0.png").write_bytes(b"of another system")
+    found, expected = main.ImageFolder(str(tmp_path / "val")), main.ImageFolder(str(images / "val"))
+    assert found.classes == expected.classes and found.paths.tolist() == expected.paths.tolist()
+
+
+def test_a_signal_during_the_decoding_is_no_unreadable_image(images, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise main.Stopped(15)
+
+    shutil.copy(str(next((images / "val" / "class 0").iterdir())), str(tmp_path / "image.png"))
+    monkeypatch.setattr(main.Image, "open", stop)
+    monkeypatch.setattr(main, "jpeg_decoder", lambda: None)
+    with pytest.raises(main.Stopped):
+        read(tmp_path / "image.png")
 
 
 @pytest.mark.parametrize("seed", [1, None], ids=["training", "evaluation"])

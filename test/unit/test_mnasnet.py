@@ -217,8 +217,9 @@ def test_a_depthwise_convolution_has_the_gradients_of_float64(kernel, stride, si
     if dtype == torch.bfloat16 and not fast:
         pytest.skip("this torch, or this processor, has no fast gradients in bfloat16")
     torch.manual_seed(0)
-    conv = torch.nn.Conv2d(32, 32, kernel, stride, kernel // 2, groups=32, bias=False).to(dtype)
     layout = torch.channels_last if fast else torch.contiguous_format
+    conv = torch.nn.Conv2d(32, 32, kernel, stride, kernel // 2, groups=32, bias=False)
+    conv.to(dtype=dtype, memory_format=layout)
     images = torch.randn(2, 32, side, side).to(dtype).contiguous(memory_format=layout)
     images.requires_grad_()
     exact = [tensor.detach().double().requires_grad_() for tensor in (images, conv.weight)]
@@ -229,6 +230,7 @@ def test_a_depthwise_convolution_has_the_gradients_of_float64(kernel, stride, si
     grad_output = torch.randn(found.shape).to(dtype)
     found.backward(grad_output)
     expected.backward(grad_output.double())
+    assert conv.weight.grad.stride() == conv.weight.stride()  # else DDP warns
     pairs = [(found, expected), (images.grad, exact[0].grad), (conv.weight.grad, exact[1].grad)]
     for ours, theirs in pairs:
         assert ours.dtype == dtype and close(ours, theirs, 1e-4 if dtype == torch.float32 else 0.02)

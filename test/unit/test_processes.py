@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 
 import pytest
@@ -98,14 +99,18 @@ def test_two_tasks_of_a_slurm_job(images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [["--lr", "0.5"], ["-b", "6"]])
-def test_ranks_with_other_flags_are_refused(images, tmp_path, extra):
+@pytest.mark.parametrize("both,second", [
+    ([], ["--lr", "0.5"]), ([], ["-b", "6"]),
+    (["--resume", "auto"], ["--output-dir", "a folder without a checkpoint"])])
+def test_ranks_with_other_flags_or_checkpoints_are_refused(
+        images, trained, tmp_path, both, second):
+    shutil.copy(str(trained[0] / "checkpoint.pth.tar"), str(tmp_path))
     url = f"tcp://127.0.0.1:{free_port()}"
     runs = [start_main(images, "--epochs", 1, *several(2), "--local_rank", rank, "--dist-url", url,
-                       *more, cwd=tmp_path) for rank, more in enumerate([[], extra])]
+                       *both, *more, cwd=tmp_path) for rank, more in enumerate([[], second])]
     outputs = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [1, 1]
-    assert sum("the ranks differ in their flags or their data" in out for out in outputs) >= 1
+    assert sum("the ranks differ in flags, data or checkpoint" in out for out in outputs) >= 1
 
 
 @pytest.mark.parametrize("device", ["npu", "gpu"])

@@ -232,7 +232,7 @@ def test_ema_is_that_of_torch():
     flags = parse("--lr", 0.1)
     optimizer = main.build_optimizer(flags, CPU, None, list(model.parameters()))
     ema = main.EMA(model, decay, steps=2)
-    ema.track(model, optimizer)
+    ema.track(model.state_dict())
     expected = AveragedModel(model, avg_fn=average, use_buffers=True)
     expected.n_averaged += 1  # else its first update would copy the model
     for step in range(1, 101):

@@ -154,6 +154,17 @@ def test_a_stopped_script_saves_and_resumes(clone, images, tmp_path):
     epoch = read_checkpoint(tmp_path)["epoch"]
     out = finish([start(command(epochs=epoch + 1), tmp_path)])[0]
     assert f"resumed from ./checkpoint.pth.tar: epoch {epoch}" in out
+    losses = clone / "test" / "output" / "5" / "train_MnasNet_for_PyTorch_bs8_1p_acc_loss.txt"
+    assert len(losses.read_text().split()) == 4 * (epoch + 1)
+    folder = tmp_path / "without a checkpoint"
+    folder.mkdir()
+    finish([start(command(epochs=1), folder)])
+    assert len(losses.read_text().split()) == 4
+
+
+def test_the_quick_start_saves_where_its_evaluation_looks(clone, tmp_path):
+    result = run_script(clone, "quickstart.sh", "--", "--output-dir", "elsewhere", cwd=tmp_path)
+    assert result.returncode == 2 and "--output-dir is not applicable" in result.stderr
 
 
 def test_shellcheck():
