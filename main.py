@@ -1031,18 +1031,18 @@ def optimizer_parameters(optimizer):
     return [parameter for _, parameter in sorted(places, key=lambda pair: pair[0])]
 
 def find_apex(flags, backend):
-    """Returns apex.amp where it is asked for, or available and made for this device, else None for
-    native; and the reason against an apex that is installed."""
+    """Returns apex.amp, or None for native, and the reason against an apex that is installed."""
     if flags.amp_backend == "apex" and flags.amp_dtype == "bfloat16":
         raise UserError("--amp-dtype bfloat16: apex has float16 alone, use --amp-backend native")
-    unfit = backend.name == "cpu" or flags.amp_dtype == "bfloat16"
-    if flags.amp_backend == "native" or (unfit and flags.amp_backend == "auto"):
+    low = (flags.opt_level or backend.opt_level) != "O0"
+    fits = low and backend.name != "cpu" and flags.amp_dtype != "bfloat16"
+    if flags.amp_backend == "native" or (flags.amp_backend == "auto" and not fits):
         return None, ""
     try:
         from apex import amp
         ascend = "combine_grad" in inspect.signature(amp.initialize).parameters
         if backend.name == ("npu" if ascend else "gpu"):
-            return amp, ""
+            return (amp if low else None), ""
         reason = f"the installed apex is {'Ascend' if ascend else 'NVIDIA'}'s and needs its card"
     except Exception as error:  # one that was built for another torch fails in any way
         missing = re.search("(named|import of) '?apex'?( |$)|name 'amp'", str(error))
@@ -1096,9 +1096,7 @@ class Precision:
         self.clip_grad = flags.clip_grad
         self.verbosity = 0 if runtime.rank else 1
         low = self.level != "O0"
-        asked_for = low or flags.amp_backend == "apex"
-        apex, self.note = find_apex(flags, backend) if asked_for else (None, "")
-        self.apex = apex if low else None
+        self.apex, self.note = find_apex(flags, backend)
         self.ascend_options = {"combine_grad": True} if backend.name == "npu" else {}  # of apex
         self.conv_dtype = low_precision(flags, runtime) if low else torch.float32
         native_o2 = self.level == "O2" and not self.apex
@@ -1594,8 +1592,7 @@ def load_weights(model, checkpoint, path, classes, new_classifier=False):
             raise UserError(f"{path} was trained on {found}, the data has {model.num_classes}: "
                             "give the same data, or fine-tune by --pretrained --weights")
         note = f": {found} there, {model.num_classes} here, the classifier is re-initialised"
-        state["classifier.1.weight"] = model.classifier[1].weight
-        state["classifier.1.bias"] = model.classifier[1].bias
+        state.update(model.classifier.state_dict(prefix="classifier."))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -1679,22 +1676,20 @@ def restore_ranks(run, checkpoint):
 
 def restore(run, checkpoint, path):
     """Resumes from a checkpoint; one of Ascend's reference implementation has less to restore."""
-    with loading(path):
-        if "optimizer" in checkpoint:
-            load_optimizer_state(run.optimizer, checkpoint["optimizer"])
-        if not run.precision.load_state_dict(checkpoint.get("amp")):
-            run.log(f"=> the loss scale of {path} is of another --amp-backend: it is "
-                    "re-initialised")
-        run.epoch = int(checkpoint.get("epoch", run.epoch))
-        run.images = int(checkpoint.get("images", 0))
-        run.best_acc1 = float(checkpoint.get("best_acc1", 0))
-        run.history = list(checkpoint.get("history", ()))
-        if run.images > run.train_loader.sampler.count:
-            raise UserError(f"{path} is {run.images} images into an epoch, and the data has fewer: "
-                            "give the data it was trained on")
-        run.log(f"=> resumed from {path}: epoch {run.epoch}, {run.images} images into it")
-        if "running_stats" in checkpoint:  # not in those of the reference implementation
-            restore_ranks(run, checkpoint)
+    if "optimizer" in checkpoint:
+        load_optimizer_state(run.optimizer, checkpoint["optimizer"])
+    if not run.precision.load_state_dict(checkpoint.get("amp")):
+        run.log(f"=> the loss scale of {path} is of another --amp-backend: it is re-initialised")
+    run.epoch = int(checkpoint.get("epoch", run.epoch))
+    run.images = int(checkpoint.get("images", 0))
+    run.best_acc1 = float(checkpoint.get("best_acc1", 0))
+    run.history = list(checkpoint.get("history", ()))
+    if run.images > run.train_loader.sampler.count:
+        raise UserError(f"{path} is {run.images} images into an epoch, and the data has fewer: "
+                        "give the data it was trained on")
+    run.log(f"=> resumed from {path}: epoch {run.epoch}, {run.images} images into it")
+    if "running_stats" in checkpoint:  # not in those of the reference implementation
+        restore_ranks(run, checkpoint)
 
 @contextlib.contextmanager
 def lock_folder(path):
@@ -1810,8 +1805,8 @@ class EpochMeter:
         steady = now - self.warm_up_end if self.steps_done > self.warm_up_steps else now
         step_time = steady[1] / steady[0]
         epochs_left = run.flags.epochs - run.epoch
-        time_left = ((self.steps * epochs_left - step - 1) * step_time
-                     + epochs_left * run.evaluation_seconds)
+        steps_left = self.steps * epochs_left - step - 1
+        time_left = steps_left * step_time + epochs_left * run.evaluation_seconds
         loss, top1, _ = self.figures.tolist()
         acc1, fps = 100 * top1 / self.sampler.batch_size, total * steps / seconds
         lr = run.optimizer.param_groups[0]["lr"]
@@ -2177,7 +2172,8 @@ def run_training(flags, runtime, group, notes):
             return print_result(run, acc1, acc5, fps, loss)
         prepare_training(run)
         if path:
-            restore(run, checkpoint, path)
+            with loading(path):
+                restore(run, checkpoint, path)
         if runtime.rank == 0 and not flags.run_prof:
             prepare_folder(run, path)
         with group.handle_signals(checkpoint_path(flags)):
