@@ -77,7 +77,7 @@ from torch.distributed.rendezvous import rendezvous
 
 import mnasnet
 
-TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
+TORCH = mnasnet.TORCH
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 class UserError(Exception):

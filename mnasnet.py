@@ -285,10 +285,7 @@ def optimize_for_cpu(model, dtype):
 def padded_depthwise_conv2d(conv, images):
     """Computes ``conv`` on images padded beforehand, where gradients are correct, by the operator
     itself: ``F.conv2d`` of torch 1.8 would loop over the channels."""
-    kernel, stride, before = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-    below, right = (-(-side // stride) * stride - stride + kernel - before - side
-                    for side in images.shape[2:])  # as far as the windows reach
-    padded = F.pad(images, (before, right, before, below)).contiguous()
+    padded = F.pad(images, [conv.padding[0]] * 4).contiguous()
     return torch.mkldnn_convolution(padded, conv.weight, conv.bias, (0, 0), conv.stride,
                                     conv.dilation, conv.groups)
 
