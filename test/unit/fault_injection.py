@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 import torch
 
 from helpers import (ROOT, SMALL, TINY, command_line, folders_differ, free_port, main as trainer,
-                     main_command, make_images, parent, processes_of, receive_signals, several)
+                     main_command, make_images, parent, processes_of, receive_signals, several, wait_for)
 
 
 @dataclass
@@ -220,8 +220,9 @@ def stop_loader(line, folder, rng, length):
     run = start_logged(line + ["--dist-timeout", "5"], folder)
     wait_until_training(run, folder)
     time.sleep(rng.uniform(0, length))
-    os.kill(rng.choice([pid for pid in processes_of(folder) if parent(pid) == run.pid]),
-            signal.SIGSTOP)
+    # torch 1.5 has no loaders between two epochs.
+    loaders = wait_for(lambda: [pid for pid in processes_of(folder) if parent(pid) == run.pid])
+    os.kill(rng.choice(loaders), signal.SIGSTOP)
     begin = time.monotonic()
     status = run.wait()
     seconds = time.monotonic() - begin
