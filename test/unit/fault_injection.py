@@ -40,7 +40,8 @@ from dataclasses import dataclass, field
 import torch
 
 from helpers import (ROOT, SMALL, TINY, command_line, folders_differ, free_port, main as trainer,
-                     main_command, make_images, parent, processes_of, receive_signals, several, wait_for)
+                     main_command, make_images, parent, processes_of, receive_signals, several,
+                     wait_for)
 
 
 @dataclass
