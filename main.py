@@ -102,8 +102,7 @@ def machine_error(error):
         return f"{first_line(error)}: a loader was killed, a file hangs, or no memory is left"
     exhausted = re.search("[Oo]ut of memory|allocate memory|[Oo]pen files", text)
     if exhausted or isinstance(error, (OSError, MemoryError)):
-        # torch puts a loader's traceback before the message of its error.
-        last = text.splitlines()[-1 if "Traceback" in text else 0]
+        last = text.splitlines()[-1 if "Traceback" in text else 0]  # a loader's comes first
         return f"{last}: free memory or disk space, or lower --workers or --batch-size"
     return ""
 
@@ -146,8 +145,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
 
     def _get_option_tuples(self, option_string):  # Python 3.7's allow_abbrev=False breaks -b64
-        short = not option_string.startswith("--")
-        return super()._get_option_tuples(option_string) if short else []
+        return [] if option_string.startswith("--") else super()._get_option_tuples(option_string)
 
 def number(kind, low, high=sys.float_info.max, word=None):
     """Returns an argparse type: an int or float from ``low`` to ``high``, or a word."""
@@ -714,13 +712,15 @@ def read_image(path, get_crop, size):
             raise OSError("not an image of a format that Pillow knows")
         raise OSError(f"{type(error).__name__}: {first_line(error)}")
 
+def visible_entries(folder):
+    """Returns the entries of a folder, without hidden ones."""
+    return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+
 def list_images(folder, above):
     """Returns the paths of the images below a folder, without hidden ones. A link to itself or to
     one of the folders ``above`` it is not followed. Raises OSError where a folder can't be read."""
     above, paths = above + (os.path.realpath(folder),), []
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
+    for entry in visible_entries(folder):
         if entry.is_dir():
             if not entry.is_symlink() or os.path.realpath(entry.path) not in above:
                 paths += list_images(entry.path, above)
@@ -738,8 +738,7 @@ class ImageFolder:
             raise UserError(f"no folder {root!r}: expected train/ and val/ with a folder per class")
         found = []
         try:
-            names = [entry.name for entry in os.scandir(root) if entry.is_dir()]
-            self.classes = sorted(name for name in names if not name.startswith("."))
+            self.classes = sorted(e.name for e in visible_entries(root) if e.is_dir())
             for name in self.classes:
                 folder = os.path.join(self.root, name)
                 paths = list_images(folder, (os.path.realpath(self.root),))
@@ -827,8 +826,7 @@ def build_augmentation(flags):
             steps.append(augment)
         steps.append(np.array)
         if flags.random_erasing:  # with the mean colour, as after the normalization
-            mean = [255 * m for m in MEAN]
-            erase = transforms.RandomErasing(flags.random_erasing, value=mean)
+            erase = transforms.RandomErasing(flags.random_erasing, value=[255 * m for m in MEAN])
             steps.append(lambda crop: erase(torch.from_numpy(crop).permute(2, 0, 1)))
             steps.append(lambda crop: crop.permute(1, 2, 0).numpy())
     except AttributeError as error:
@@ -1000,8 +998,7 @@ def prefetch(loader, runtime, dtype):
 def mix_batch(images, targets, num_classes, flags, rng):
     """Returns images [n, 3, S, S] and probabilities of the classes [n, C] after MixUp (Zhang et
     al., 2017, arXiv 1710.09412) or CutMix (Yun et al., 2019, arXiv 1905.04899), as torchvision
-    computes them: each image is mixed with the one before it. Without --mixup and --cutmix returns
-    images and targets as they are."""
+    computes them, each image with the one before it; without both flags, images and targets."""
     if not (flags.mixup or flags.cutmix):
         return images, targets
     cut = flags.cutmix and (not flags.mixup or rng.random() < 0.5)
@@ -1085,9 +1082,7 @@ class Precision:
     """O0, O1 or O2, through apex or native. O1 runs convolutions and the classifier in low
     precision. O2 keeps the whole model in it except BatchNorm, and the optimizer updates fp32
     master weights. float16 has a loss scale. Raises UserError where this torch lacks the level.
-
-    Use: ``parameters = precision.prepare(model)``, an optimizer for them, ``model, optimizer =
-    precision.initialize(model, optimizer)``, and only then DistributedDataParallel."""
+    Use: ``prepare`` a model, build its optimizer, ``initialize`` both, then wrap it in DDP."""
 
     def __init__(self, flags, runtime):
         backend = runtime.backend
@@ -1131,10 +1126,9 @@ class Precision:
 
     def convert(self, model):
         """Converts an fp32 model to what ``evaluate`` computes in; returns it."""
-        if self.input_dtype != torch.float32:
-            for module in model.modules():
-                if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):  # all but BatchNorm
-                    module.to(self.conv_dtype)
+        for module in model.modules():
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):  # all but BatchNorm
+                module.to(self.input_dtype)
         return model
 
     def initialize(self, model, optimizer=None):
@@ -1218,9 +1212,8 @@ def build_model(flags, runtime, num_classes, dtype=torch.float32):
     return model.to(runtime.device, **options)
 
 class EMA:
-    """An exponential moving average of a model's weights and BatchNorm statistics, in fp32, held by
-    its own ``model``. The decay grows to ``decay`` as in TensorFlow's ExponentialMovingAverage, so
-    that the initial weights are soon forgotten."""
+    """A ``model`` of the exponential moving averages of weights and BatchNorm statistics, in fp32.
+    As in TensorFlow, the decay grows to ``decay``: the initial weights are soon forgotten."""
 
     def __init__(self, model, decay, steps):
         self.model = copy.deepcopy(model).requires_grad_(False)
@@ -1265,9 +1258,8 @@ class RMSpropTF(torch.optim.Optimizer):
                 parameter.sub_(velocity)
 
 def parameter_groups(model, parameters, flags):
-    """Returns what an optimizer takes: the ``parameters`` of a model, one group for each weight
-    decay, with their ``places`` in the model. As torchvision's references, a bias follows
-    --bias-weight-decay first."""
+    """Returns the ``parameters`` of a model in one group for each weight decay, with their
+    ``places`` in the model. As in torchvision's references, --bias-weight-decay comes first."""
     modules, groups = dict(model.named_modules()), {}
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     for place, (name, parameter) in enumerate(zip(names, parameters)):
@@ -1282,8 +1274,7 @@ def parameter_groups(model, parameters, flags):
     return list(groups.values())
 
 def build_optimizer(flags, runtime, precision, parameters):
-    """Returns the optimizer of parameters or groups of them; SGD with Nesterov momentum in its
-    fused version where there is one."""
+    """Returns the optimizer of parameters or groups of them; SGD is Nesterov's, fused if it can."""
     backend = runtime.backend
     options = {"lr": flags.lr, "momentum": flags.momentum, "weight_decay": flags.wd}
     if flags.opt == "rmsprop":
@@ -1909,8 +1900,7 @@ def train_step(run, images, targets):
 
 def train_epoch(run):
     """Trains the rest of the epoch; returns its part of a row of metrics.csv. Raises Stopped where
-    a signal has come, UserError where the loss is not finite, too many images are unreadable or a
-    rank does not respond."""
+    a signal has come, UserError where the loss is not finite or too many images are unreadable."""
     flags, sampler = run.flags, run.train_loader.sampler
     sampler.epoch, sampler.first_image = run.epoch, run.images
     first, bad = run.images // sampler.total_batch, 0
@@ -1920,9 +1910,8 @@ def train_epoch(run):
     meter = EpochMeter(run, steps)
     batches = prefetch(run.train_loader, run.runtime, run.precision.input_dtype)
     for step in range(first, steps):
-        lr = learning_rate(flags, run.epoch + step / steps)
         for group in run.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(flags, run.epoch + step / steps)
         begin = time.monotonic()
         run.group.waiting = True
         images, targets, unreadable = next(batches)
@@ -1938,8 +1927,7 @@ def train_epoch(run):
         signum, total = run.group.sync_step(len(unreadable), last=step == steps - 1)
         bad += total
         report_unreadable(flags, run.train_loader.dataset.images, unreadable, bad)
-        steps_done = run.epoch * steps + step + 1
-        due = flags.save_freq and steps_done % flags.save_freq == 0
+        due = flags.save_freq and (run.epoch * steps + step + 1) % flags.save_freq == 0
         if signum or due or step % flags.print_freq == 0 or step == steps - 1:
             meter.check_loss(step)
         if step % flags.print_freq == 0:
@@ -2039,6 +2027,14 @@ def train(run):
         fps = run.steady_images / run.steady_seconds
     print_result(run, best["acc1"], best["acc5"], fps, run.history[-1]["train_loss"])
 
+def profiler_options(device):
+    """Returns what makes torch.autograd.profiler.profile record the kernels of a device type."""
+    if device == "cpu":
+        return {}
+    if TORCH < (2, 1):
+        return {f"use_{device}": True}
+    return {"use_device": device, "use_kineto": device == "cuda"}  # which traces CUDA's kernels
+
 def profile(run):
     """Profiles a few training steps: trace.json in --output-dir, the top operators on stdout."""
     warm_up, steps, device = 3, 5, run.runtime.backend.type
@@ -2046,9 +2042,7 @@ def profile(run):
         raise UserError(f"--run-prof needs data for {warm_up + steps} steps: lower --batch-size")
     batches = prefetch(run.train_loader, run.runtime, run.precision.input_dtype)
     run.model.train()
-    profilers, options = torch.autograd.profiler, {} if device == "cpu" else {f"use_{device}": True}
-    if device != "cpu" and TORCH >= (2, 1):  # kineto writes CUDA's kernels to the trace
-        options = {"use_device": device, "use_kineto": device == "cuda"}
+    profilers, options = torch.autograd.profiler, profiler_options(device)
     if device == "npu" and hasattr(sys.modules.get("torch_npu"), "profiler"):
         profilers, options = sys.modules["torch_npu"].profiler, {}  # which knows CANN's kernels
     for _ in range(warm_up):
@@ -2090,7 +2084,6 @@ def seed_everything(seed, deterministic):
         torch.utils.deterministic.fill_uninitialized_memory = False  # no such memory is read here
 
 def open_tensorboard(folder):
-    """Returns a SummaryWriter."""
     try:
         from torch.utils.tensorboard import SummaryWriter
         return SummaryWriter(folder)

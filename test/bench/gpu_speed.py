@@ -179,9 +179,6 @@ def profile_step(flags):
     """One step: its kernels, and the operators that take most."""
     run, images, targets = open_run(flags, flags.sizes.batches[-1], *O1)
     device = run.runtime.backend.type
-    options = {} if device == "cpu" else {f"use_{device}": True}
-    if device != "cpu" and trainer.TORCH >= (2, 1):
-        options = {"use_device": device, "use_kineto": device == "cuda"}
     # Its name in torch >= 2.4, before on an NPU, and on a GPU.
     costs = [f"self_{kind}_time_total" for kind in ("device", "privateuse1", "cuda")]
     if device == "cpu":
@@ -190,7 +187,7 @@ def profile_step(flags):
     for _ in range(flags.sizes.warm_up):
         step()
     run.runtime.synchronize()
-    with torch.autograd.profiler.profile(**options) as profiler:
+    with torch.autograd.profiler.profile(**trainer.profiler_options(device)) as profiler:
         ms = milliseconds(lambda: (step(), run.runtime.synchronize()))
     kernels = sum(len(event.kernels) for event in profiler.function_events)
     # The averages also hold the kernels themselves; torch 1.5 has no device_type.

@@ -252,24 +252,28 @@ def inject(flags, folder, processes):
     wait_until_training(first, runs)
     length = 1.2 * (time.monotonic() - begin)
     stop(first, runs, signal.SIGTERM, rng, at_a_rank=False)
-    while outcome.stopped < flags.kills:
-        (runs / "log.txt").write_text("")
-        if flags.fault == "start":
-            seconds, problems = signal_start(line, runs, rng, length)
-        elif flags.fault == "rank":
-            seconds, problems = stop_rank(line, runs, rng, 3, processes)
-        else:
-            seconds, problems = stop_loader(line, runs, rng, 3)
-        outcome.stopped += 1
-        outcome.longest_exit = max(outcome.longest_exit, seconds or 0)
-        limit = time.monotonic() + 5
-        while processes_of(runs) and time.monotonic() < limit:
-            time.sleep(0.1)
-        outcome.left_running += len(processes_of(runs))
-        log = read_log(runs)
-        if problems or "Traceback" in log:
-            outcome.problems.append(f"{', '.join(problems)}: {log[-300:]}")
-    del os.environ["TMPDIR"]
+    try:
+        while outcome.stopped < flags.kills:
+            (runs / "log.txt").write_text("")
+            if flags.fault == "start":
+                seconds, problems = signal_start(line, runs, rng, length)
+            elif flags.fault == "rank":
+                seconds, problems = stop_rank(line, runs, rng, 3, processes)
+            else:
+                seconds, problems = stop_loader(line, runs, rng, 3)
+            outcome.stopped += 1
+            outcome.longest_exit = max(outcome.longest_exit, seconds or 0)
+            limit = time.monotonic() + 5
+            while processes_of(runs) and time.monotonic() < limit:
+                time.sleep(0.1)
+            outcome.left_running += len(processes_of(runs))
+            log = read_log(runs)
+            if problems or "Traceback" in log:
+                outcome.problems.append(f"{', '.join(problems)}: {log[-300:]}")
+    finally:
+        for pid in processes_of(runs):  # they are endless
+            os.kill(pid, signal.SIGKILL)
+        del os.environ["TMPDIR"]
     outcome.left_in_shared_memory = left_in_shared_memory(shared_memory)
     # torch.distributed makes its compiler's cache there, for all runs.
     left = [name for name in os.listdir(str(temporary)) if not name.startswith("torchinductor_")]
