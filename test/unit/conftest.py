@@ -94,7 +94,10 @@ def npu(tmp_path_factory):
     if missing:
         give_up = pytest.fail if os.environ.get("REQUIRE_NPU_DOUBLE") == "1" else pytest.skip
         give_up(f"the stand-in for torch_npu needs {', '.join(missing)}")
-    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or tmp_path_factory.mktemp("extensions")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the first builds it, the others wait
+        shared = shared.parent
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or shared / "extensions"
     probe = tmp_path_factory.mktemp("probe")
     (probe / "sitecustomize.py").write_text(KERNELS_PROBE)
     variables = {"PATH": path, "TORCH_EXTENSIONS_DIR": str(cache), "OMP_NUM_THREADS": "1",
