@@ -39,7 +39,6 @@ import functools
 import importlib
 import inspect
 import io
-import itertools
 import json
 import math
 import mmap
@@ -248,7 +247,7 @@ def parse_args(argv=None):
     add("--output-dir", default=".", help="folder for checkpoints and metrics.csv")
     add("--resume", help="checkpoint to resume from; 'auto': the newest valid one in --output-dir")
     add("--save-freq", type=count(1), help="save every so many steps, besides after each epoch")
-    add("--keep", type=count(1), default=2, help="checkpoints that are kept")
+    add("--keep", type=count(1, 100), default=2, help="checkpoints that are kept")
     add("-e", "--evaluate", action="store_true", help="evaluate the model of --resume, and end")
     add("-p", "--print-freq", type=count(1), default=10, help="steps between two log lines")
     add("--tensorboard", help="folder to write TensorBoard events to")
@@ -1023,15 +1022,14 @@ def mix_batch(images, targets, num_classes, flags, rng):
 
 def optimizer_parameters(optimizer):
     """Returns what the optimizer updates: the model's parameters in order, or their masters."""
-    places = [(place, parameter) for group in optimizer.param_groups
-              for place, parameter in zip(group.get("places", itertools.count()), group["params"])]
+    places = [(place, parameter) for group in optimizer.param_groups for place, parameter
+              in zip(group.get("places", range(len(group["params"]))), group["params"])]
     return [parameter for _, parameter in sorted(places, key=lambda pair: pair[0])]
 
-def find_apex(flags, backend):
-    """Returns apex.amp, or None for native, and the reason against an apex that is installed."""
+def find_apex(flags, backend, low=True):
+    """Returns apex.amp, or None for native and O0, and the reason against an installed apex."""
     if flags.amp_backend == "apex" and flags.amp_dtype == "bfloat16":
         raise UserError("--amp-dtype bfloat16: apex has float16 alone, use --amp-backend native")
-    low = (flags.opt_level or backend.opt_level) != "O0"
     fits = low and backend.name != "cpu" and flags.amp_dtype != "bfloat16"
     if flags.amp_backend == "native" or (flags.amp_backend == "auto" and not fits):
         return None, ""
@@ -1091,9 +1089,11 @@ class Precision:
         self.clip_grad = flags.clip_grad
         self.verbosity = 0 if runtime.rank else 1
         low = self.level != "O0"
-        self.apex, self.note = find_apex(flags, backend)
+        self.apex, self.note = find_apex(flags, backend, low)
         self.ascend_options = {"combine_grad": True} if backend.name == "npu" else {}  # of apex
         self.conv_dtype = low_precision(flags, runtime) if low else torch.float32
+        if low and backend.name == "cpu" and not mnasnet.has_fast_depthwise(self.conv_dtype):
+            self.note = "slow with this processor and torch: O0 is faster"
         native_o2 = self.level == "O2" and not self.apex
         self.input_dtype = self.conv_dtype if native_o2 else torch.float32
         self.uses_loss_scale = self.conv_dtype == torch.float16

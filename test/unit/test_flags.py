@@ -8,7 +8,8 @@ from helpers import the_error
 
 @pytest.mark.parametrize("arguments,words", [
     ([], "no data folder"), (["d", "--epochs", "none"], "whole number"),
-    (["d", "-b", "0"], "expected 1 or more"), (["d", "--lr", "nan"], "expected 0"),
+    (["d", "-b", "0"], "expected 1 or more"), (["d", "--keep", "101"], "expected 1 to 100"),
+    (["d", "--lr", "nan"], "expected 0"),
     (["d", "--device", "tpu"], "npu"), (["d", "--device-list", "0,0"], "different numbers"),
     (["d", "-e"], "--resume"), (["d", "--weights", "w.pth"], "--pretrained"),
     (["d", "--val-crop-size", "300"], "--val-resize-size"),

@@ -15,9 +15,18 @@ CPU = cpu_runtime()
 @LEVELS
 def test_low_precision_trains_and_saves_fp32(images, run_here, tmp_path, level):
     result = run_here(images, "--epochs", 1, "--opt-level", level)
-    assert len(losses(result)) == 4 and f"{level} (bfloat16)" in result.stdout
+    assert len(losses(result)) == 4 and f"{level} (bfloat16" in result.stdout
     dtypes = {tensor.dtype for tensor in read_checkpoint(tmp_path)["state_dict"].values()}
     assert dtypes == {torch.float32, torch.int64}
+
+
+@needs_bf16
+@pytest.mark.parametrize("level, fast, text", [
+    ("O1", False, "O1 (bfloat16; slow with"), ("O1", True, "O1 (bfloat16)"),
+    ("O0", False, "O0 (fp32)")])
+def test_the_log_says_that_low_precision_is_slow_here(monkeypatch, level, fast, text):
+    monkeypatch.setattr(main.mnasnet, "has_fast_depthwise", lambda dtype: fast)
+    assert text in str(main.Precision(parse("--opt-level", level), CPU))
 
 
 @pytest.mark.skipif(TORCH >= (1, 10), reason="this torch has autocast for the CPU")
