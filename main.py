@@ -972,8 +972,10 @@ def prefetch(loader, runtime, dtype):
     target_dtype = torch.int32 if npu and TORCH < (1, 10) else torch.int64  # of cross entropy
     pinned = module is not None and (not npu or TORCH >= (1, 12))  # older: CUDA alone
     pin_options = {"device": "npu"} if npu and TORCH < (2, 6) else {}
-    ready = None
-    for slot, labels, unreadable in loader:
+    ready, batches = None, iter(loader)
+    for worker in getattr(batches, "_workers", ()):  # torch 1.5 waits for a stopped one for ever
+        worker.join = functools.partial(worker.join, timeout=10)
+    for slot, labels, unreadable in batches:
         images = torch.from_numpy(loader.dataset.ring[slot, :len(labels)])
         targets = torch.from_numpy(labels)
         if pinned:

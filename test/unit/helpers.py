@@ -251,6 +251,20 @@ def parent(pid):
         return 0
 
 
+def cpu_time(pid):
+    """The clock ticks that a process has computed for."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def wait_until_it_waits(process):
+    """Waits until a process has computed nothing for two seconds."""
+    before = None
+    while before != cpu_time(process.pid):
+        before = cpu_time(process.pid)
+        time.sleep(2)
+
+
 def wait_for(get, seconds=60):
     """The first true value of ``get()``, which may take so long on a busy machine."""
     limit = time.monotonic() + seconds

@@ -1,14 +1,18 @@
 """From files to batches: folders, crops, decoding, unreadable images, the order, the loader."""
 
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import main
@@ -326,6 +330,23 @@ def test_batches_of_loader_processes_are_those_of_none(images, workers, seed):
             assert [np.array_equal(a, b) for a, b in pairs] == [True, True]
             first, count = second, count + 1
         assert first is None and count == len(loader.sampler)
+
+
+def test_a_loader_that_stops_after_its_last_batch_is_not_waited_for(images):
+    """torch 1.5 ends the loaders with the epoch."""
+    others = multiprocessing.active_children()
+    folder, flags = main.ImageFolder(str(images / "val")), parse("--dist-timeout", 60)
+    loader = main.make_loader(folder, flags, cpu_runtime(), 8, 1, seed=4)
+    batches = main.prefetch(loader, cpu_runtime(), torch.float32)
+    for _ in range(len(loader.sampler) - 1):  # prefetch has then taken the last one, too
+        next(batches)
+    child, = set(multiprocessing.active_children()) - set(others)
+    os.kill(child.pid, signal.SIGSTOP)
+    limit = threading.Timer(60, child.kill)
+    limit.start()
+    assert len(list(batches)) == 1 and child.is_alive()
+    limit.cancel()
+    os.kill(child.pid, signal.SIGCONT)
 
 
 KEPT_LOADER = """

@@ -7,7 +7,8 @@ import pytest
 
 import fault_injection
 from helpers import (ENDLESS, TORCH, free_port, main_command, parent, processes_of, read_checkpoint,
-                     read_until, run_main, several, start, start_hanging, start_main, wait_for)
+                     read_until, run_main, several, start, start_hanging, start_main, wait_for,
+                     wait_until_it_waits)
 
 
 def end_of(run, timeout=120):
@@ -75,7 +76,7 @@ def test_a_signal_ends_and_saves_a_run_that_waits_for_its_loaders(images, tmp_pa
     run = start_hanging(images, *ENDLESS, "--seed", 1, cwd=tmp_path)
     read_until(run, r"^Epoch: \[1\]\[0/")
     (tmp_path / "hang").touch()
-    time.sleep(2)
+    wait_until_it_waits(run)
     run.send_signal(signal.SIGTERM)
     begin = time.monotonic()
     assert "SIGTERM: stopped, saved" in end_of(run) and run.returncode == 143
@@ -93,7 +94,8 @@ def test_a_signal_ends_processes_that_wait_for_their_loaders(images, tmp_path):
                           "--dist-url", url, cwd=tmp_path) for rank in range(2)]
     read_until(runs[0], r"^Epoch: \[1\]\[0/")
     (tmp_path / "hang").touch()
-    time.sleep(2)
+    for run in runs:
+        wait_until_it_waits(run)
     for run in runs:
         run.send_signal(signal.SIGTERM)
     for run in runs:
