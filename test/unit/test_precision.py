@@ -15,7 +15,9 @@ CPU = cpu_runtime()
 @LEVELS
 def test_low_precision_trains_and_saves_fp32(images, run_here, tmp_path, level):
     result = run_here(images, "--epochs", 1, "--opt-level", level)
-    assert len(losses(result)) == 4 and f"{level} (bfloat16" in result.stdout
+    fast = main.mnasnet.has_fast_depthwise(torch.bfloat16)
+    note = "" if fast else "; slow with this processor and torch: O0 is faster"
+    assert len(losses(result)) == 4 and f"{level} (bfloat16{note})" in result.stdout
     dtypes = {tensor.dtype for tensor in read_checkpoint(tmp_path)["state_dict"].values()}
     assert dtypes == {torch.float32, torch.int64}
 
