@@ -97,6 +97,8 @@ def first_line(error):
 def machine_error(error):
     """Returns one line about an error of files, memory or processes, and '' for any other error."""
     text = str(error).strip() or type(error).__name__
+    if "more than 1 value per channel" in text:  # of BatchNorm
+        return f"{first_line(error)}: raise --batch-size or --train-crop-size"
     if text.startswith("DataLoader") or isinstance(error, EOFError):
         return f"{first_line(error)}: a loader was killed, a file hangs, or no memory is left"
     exhausted = re.search("[Oo]ut of memory|allocate memory|[Oo]pen files", text)
@@ -603,12 +605,10 @@ def wait_children(children, first_rank, received):
 
 def launch(flags, backend):
     """Starts one process per card of this node and returns their exit status."""
-    argv, processes = flags.argv, len(flags.device_list)
-    received = []
+    argv, processes, parent, received = flags.argv, len(flags.device_list), os.getpid(), []
     install_handler(lambda signum, frame: received.append(signum))
     os.environ.setdefault("OMP_NUM_THREADS", str(cores_per_process(processes)))
     end = argv.index("--") if "--" in argv else len(argv)  # what follows are no flags
-    parent = os.getpid()
 
     def prepare_child():
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until main.py's first lines

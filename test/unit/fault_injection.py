@@ -41,8 +41,7 @@ from dataclasses import dataclass, field
 import torch
 
 from helpers import (ROOT, SMALL, TINY, command_line, folders_differ, free_port, main as trainer,
-                     main_command, make_images, parent, processes_of, receive_signals, several,
-                     wait_for)
+                     main_command, make_images, parent, processes_of, receive_signals, several)
 
 
 @dataclass
@@ -222,23 +221,21 @@ def stop_loader(line, folder, rng, length):
     run = start_logged(line + ["--dist-timeout", "5"], folder)
     wait_until_training(run, folder)
     time.sleep(rng.uniform(0, length))
-    status = None
-    # torch 1.5 starts others for each epoch, and may not need the one that was stopped.
-    for _ in range(3 if trainer.TORCH < (1, 7) else 1):
-        loaders = wait_for(lambda: [pid for pid in processes_of(folder) if parent(pid) == run.pid])
-        os.kill(rng.choice(loaders), signal.SIGSTOP)
-        begin = time.monotonic()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = run.wait(timeout=60)
-            break
+    if trainer.TORCH < (1, 7):  # starts loaders for each epoch: later this one would not be missed
+        wait_until_training(run, folder, epoch=read_log(folder).count("=> epoch") + 1)
+    loaders = [pid for pid in processes_of(folder) if parent(pid) == run.pid]
+    os.kill(rng.choice(loaders), signal.SIGSTOP)
+    begin, status = time.monotonic(), None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        status = run.wait(timeout=60)
     seconds = time.monotonic() - begin
     problems = [] if status == 1 and read_log(folder).count("error:") == 1 else [f"status {status}"]
     return seconds, problems + ([f"{seconds:.0f} s"] if seconds > 5 + 20 else [])
 
 
-def wait_until_training(run, folder):
-    """Waits for the second epoch of a run."""
-    while "Epoch: [1][" not in read_log(folder) and run.poll() is None:
+def wait_until_training(run, folder, epoch=1):
+    """Waits for the first step of an epoch of a run."""
+    while f"Epoch: [{epoch}][" not in read_log(folder) and run.poll() is None:
         time.sleep(0.05)
 
 

@@ -398,6 +398,12 @@ def test_a_loss_that_is_not_finite(images, tmp_path):
     assert "lower --lr" in error and not list(tmp_path.glob("*.pth.tar"))
 
 
+def test_a_step_of_one_small_image(run_here):
+    crop = ["--train-crop-size", 32, "--val-crop-size", 32, "--val-resize-size", 32]
+    error = the_error(run_here("--synthetic", 8, "-b", 1, "--epochs", 1, *crop))
+    assert "1 value per channel" in error and "raise --batch-size" in error
+
+
 @pytest.mark.slow
 def test_paths_are_only_paths(images, tmp_path):
     """Nothing in the name of a file or a folder is run, split or taken for a flag."""
