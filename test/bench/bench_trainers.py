@@ -83,6 +83,8 @@ def make_rows(flags, data):
         rows["timm, channels_last and bfloat16"] = timm_command(flags, data, *best)
     for level in flags.levels.split(","):
         rows[f"main.py {level}"] = our_command(flags, data, level)
+        if flags.compile:
+            rows[f"main.py {level} --compile"] = our_command(flags, data, level) + ["--compile"]
     return rows
 
 
@@ -93,6 +95,7 @@ def parse_args():
     add("--steps", type=int, default=15, metavar="N", help="training steps of each run")
     add("--val-images", type=int, default=640, metavar="N", help="images of the evaluation")
     add("--levels", default="O0,O1", help="--opt-level of main.py, one or more")
+    add("--compile", action="store_true", help="measure main.py with --compile, too")
     add("--example", metavar="DIR", help="folder imagenet of pytorch/examples")
     add("--timm", metavar="DIR", help="checkout of pytorch-image-models")
     return parser.parse_args()
