@@ -223,6 +223,8 @@ def stop_loader(line, folder, rng, length):
     time.sleep(rng.uniform(0, length))
     if trainer.TORCH < (1, 7):  # starts loaders for each epoch: later this one would not be missed
         wait_until_training(run, folder, epoch=read_log(folder).count("=> epoch") + 1)
+    if run.poll() is not None:
+        return 0, [f"ended by itself with status {run.returncode}"]
     loaders = [pid for pid in processes_of(folder) if parent(pid) == run.pid]
     os.kill(rng.choice(loaders), signal.SIGSTOP)
     begin, status = time.monotonic(), None
