@@ -95,7 +95,7 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 def machine_error(error):
-    """Returns one line about an error of files, memory or processes, and '' for any other error."""
+    """Returns one line about an error of files, memory, processes or batch size, else ''."""
     text = str(error).strip() or type(error).__name__
     if "more than 1 value per channel" in text:  # of BatchNorm
         return f"{first_line(error)}: raise --batch-size or --train-crop-size"

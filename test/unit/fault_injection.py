@@ -231,6 +231,8 @@ def stop_loader(line, folder, rng, length):
     with contextlib.suppress(subprocess.TimeoutExpired):
         status = run.wait(timeout=60)
     seconds = time.monotonic() - begin
+    run.kill()  # one that goes on would hold the folder of the next
+    run.wait()
     problems = [] if status == 1 and read_log(folder).count("error:") == 1 else [f"status {status}"]
     return seconds, problems + ([f"{seconds:.0f} s"] if seconds > 5 + 20 else [])
 
