@@ -68,6 +68,8 @@ def parse_args(argv):
     add("--scratch", type=pathlib.Path, help=argparse.SUPPRESS)  # and a folder for its files
     flags = parser.parse_args(argv)
     flags.sizes = gpu_speed.CPU if flags.device == "cpu" else gpu_speed.CARD
+    if flags.device == "cpu":  # up to three processes compute at a time
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     return flags
 
 

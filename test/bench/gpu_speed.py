@@ -31,7 +31,7 @@ Sizes = namedtuple("Sizes", "arch crop batches compared loader whole warm_up ste
                             "val photographs tolerance")
 CARD = Sizes("mnasnet1_0", 224, (32, 64, 128, 256, 512), 64, 128, 256, 10, 30, (12, 14, 16),
              20480, 5120, 50, 0.25)
-CPU = Sizes("mnasnet0_5", 64, (8, 16, 32), 32, 8, 16, 2, 5, (1, 2), 160, 32, 10, 1)
+CPU = Sizes("mnasnet0_5", 32, (4, 8, 16), 16, 8, 16, 2, 5, (1, 2), 160, 32, 10, 1.5)
 
 O1 = ["--opt-level", "O1"]
 COMPARABLE = ["--dropout", 0, "--loss-scale", 256]  # dropout and skipped steps would differ

@@ -1,14 +1,18 @@
 """What several tests use: runs of main.py, small image folders, comparisons of checkpoints."""
 
+import atexit
 import csv
+import multiprocessing
 import os
 import pathlib
 import re
+import runpy
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -65,11 +69,58 @@ def main_command(*arguments, small=True, python=sys.executable):
     return [str(python), str(ROOT / "main.py")] + [str(word) for word in words]
 
 
-def run_main(*arguments, cwd, small=True, timeout=300, **environment):
-    """Runs main.py to its end: a CompletedProcess with stdout and stderr as text."""
+# Its processes find imported what main.py imports, which is most of the time of a small run.
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["main", "torchvision.io", "torch._dynamo"])
+
+
+def become_program(words, cwd, environment, output):
+    """Makes this process of FORK_SERVER one that runs ``words``, a program and its arguments."""
+    multiprocessing.set_start_method("fork", force=True)  # of loaders; it would be forkserver
+    for descriptor, path in enumerate(output, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = words
+    sys.path.insert(0, os.path.dirname(words[0]))
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
+
+
+def fork_program(words, cwd, timeout):
+    """``run_program`` by FORK_SERVER."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+        process = FORK_SERVER.Process(
+            target=become_program, args=(words, cwd, dict(os.environ), output))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise subprocess.TimeoutExpired(words, timeout)
+        said = [pathlib.Path(path).read_text(encoding="utf-8") for path in output]
+    return subprocess.CompletedProcess(words, process.exitcode, *said)
+
+
+def run_program(program, *arguments, cwd=ROOT, timeout=300, **environment):
+    """Runs a Python program of the repository: a CompletedProcess with stdout and stderr as text.
+
+    FORK_SERVER starts it, unless it asks for an environment or more threads, which imports read.
+    """
+    words = [str(ROOT / program)] + [str(word) for word in arguments]
+    if not environment and os.environ.get("OMP_NUM_THREADS") == "1":
+        return fork_program(words, str(cwd), timeout)
     return subprocess.run(
-        main_command(*arguments, small=small), cwd=str(cwd), env=dict(os.environ, **environment),
+        [sys.executable] + words, cwd=str(cwd), env=dict(os.environ, **environment),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout)
+
+
+def run_main(*arguments, cwd, small=True, **environment):
+    """``run_program`` of main.py; with ``small`` the arguments follow SMALL."""
+    return run_program("main.py", *(SMALL if small else []), *arguments, cwd=cwd, **environment)
 
 
 def receive_signals():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import main
-from helpers import ROOT, TORCH
+from helpers import ROOT, TORCH, run_program
 
 BENCH = ROOT / "test" / "bench"
 SMALL = ["-a", "mnasnet0_5", "-b", "4", "--size", "32", "--rounds", "1", "--device", "cpu"]
@@ -17,9 +17,7 @@ COMPARED = SMALL + ["--levels", "O0", "--baseline-workers", "1"]
 
 def run_bench(script, *arguments):
     """What a benchmark prints; it must end with status 0."""
-    command = [sys.executable, str(BENCH / script)] + [str(argument) for argument in arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=900,
-                          universal_newlines=True)
+    done = run_program(BENCH / script, *arguments, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -15,7 +15,7 @@ import torch
 import main
 import mnasnet
 from helpers import (STEADY, cpu_runtime, differences, final_loss, folders_differ, losses,
-                     needs_bf16, parse, read_checkpoint, read_until, run_main, several, start_main,
+                     parse, read_checkpoint, read_until, run_main, several, start_main,
                      the_error)
 
 
@@ -101,8 +101,6 @@ def test_sgd_does_not_resume_as_rmsprop():
 
 @pytest.mark.parametrize("signum,extra", [
     pytest.param(signal.SIGTERM, [], id="1 process, SIGTERM"),
-    pytest.param(signal.SIGKILL, ["--opt-level", "O2"], id="1 process, SIGKILL, O2",
-                 marks=needs_bf16),
     pytest.param(signal.SIGKILL, several(2), id="2 processes, SIGKILL"),
     pytest.param(signal.SIGTERM, several(4), id="4 processes, SIGTERM")])
 @pytest.mark.slow

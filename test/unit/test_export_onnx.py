@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from helpers import ROOT, cpu_runtime, main, parse, read_checkpoint, the_error
+from helpers import ROOT, cpu_runtime, main, parse, read_checkpoint, run_program, the_error
 
 mnasnet = main.mnasnet
 TOOL = ROOT / "tools" / "export_onnx.py"
@@ -61,7 +61,7 @@ def export_after(code, *arguments, **environment):
 
 def export(*arguments):
     """Runs the tool, which has to succeed; the lines that it printed."""
-    result = run_python(TOOL, *arguments)
+    result = run_program(TOOL, *arguments)
     assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
     return result.stdout.splitlines()
 
@@ -222,7 +222,7 @@ def test_a_difference_is_an_error_and_leaves_the_old_file(trained, tmp_path, opt
 @pytest.mark.slow
 def test_it_says_what_is_wrong(trained, tmp_path):
     def error(*arguments):
-        return the_error(run_python(TOOL, *arguments, cwd=tmp_path))
+        return the_error(run_program(TOOL, *arguments, cwd=tmp_path))
 
     (tmp_path / "page.html").write_text("<html>")
     torch.save({"weight": torch.zeros(3)}, str(tmp_path / "layer.pth"))
@@ -239,5 +239,5 @@ def test_it_says_what_is_wrong(trained, tmp_path):
 
 @pytest.mark.slow
 def test_an_invalid_command_line():
-    assert "required: out" in the_error(run_python(TOOL, "one.pth"), status=2)
-    assert "found 31" in the_error(run_python(TOOL, "one.pth", "out", "--size", 31), status=2)
+    assert "required: out" in the_error(run_program(TOOL, "one.pth"), status=2)
+    assert "found 31" in the_error(run_program(TOOL, "one.pth", "out", "--size", 31), status=2)

@@ -23,8 +23,8 @@ import fault_injection
 import main
 from helpers import (ENDLESS, ROOT, SMALL, TINY, claim_size, counts, differences, finish,
                      folders_differ, free_port, main_command, make_images, needs_bf16, parent,
-                     processes_of, read_checkpoint, read_until, run_main, several, start,
-                     start_hanging, start_main, the_error, torchrun, wait_for)
+                     processes_of, read_checkpoint, read_until, run_main, run_program, several,
+                     start, start_hanging, start_main, the_error, torchrun, wait_for)
 
 
 def rank_of(run, folder, rank):
@@ -508,9 +508,7 @@ def test_sixty_unusual_and_broken_images(copy_of_images, tmp_path):
     assert set(in_train) <= set(expected["train"]) and len(set(in_train)) == len(in_train)
     assert [name for name in found if name.startswith("val")] == expected["val"]
 
-    checked = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "check_data.py"), str(copy_of_images), "-j", "1"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    checked = run_program("tools/check_data.py", copy_of_images, "-j", 1)
     assert checked.returncode == 1, checked.stderr
     lines = checked.stdout.splitlines()
     listed = names(line[len("bad: "):] for line in lines if line.startswith("bad: "))

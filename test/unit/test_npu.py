@@ -268,11 +268,11 @@ def test_eight_cards_count_every_image_once(eight, npu, clone, images):
 
 
 @pytest.mark.slow
-def test_eight_cards_resume_in_low_precision(eight, npu, clone, images, tmp_path):
+def test_two_cards_resume_a_run_of_eight_in_low_precision(eight, npu, clone, images, tmp_path):
     shutil.copy(str(eight[0] / "checkpoint.pth.tar"), str(tmp_path))
     result = run_script(clone, "train_full_8p.sh", f"--data_path={images}", *COMMON, "--epochs=3",
-                        "--lr=0.001", "--resume=auto", "--device_id=3", "--", *TINY, cwd=tmp_path,
-                        **npu)
+                        "--lr=0.001", "--resume=auto", "--device_list=0,1", "--", *TINY,
+                        cwd=tmp_path, **npu)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "resumed from" in result.stdout and "O1 (float16)" in result.stdout
     last = read_checkpoint(tmp_path)

@@ -1,12 +1,11 @@
 """tools/plot_metrics.py, as a user runs it."""
 
-import subprocess
-import sys
+import functools
 
 import pytest
 
 import main
-from helpers import ROOT, the_error
+from helpers import ROOT, run_program, the_error
 
 TOOL = str(ROOT / "tools" / "plot_metrics.py")
 WITHOUT_MATPLOTLIB = f"""
@@ -17,10 +16,7 @@ runpy.run_path({TOOL!r}, run_name="__main__")
 """
 
 
-def plot(*arguments, command=(TOOL,)):
-    words = [sys.executable, *command] + [str(argument) for argument in arguments]
-    return subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=300,
-                          universal_newlines=True)
+plot = functools.partial(run_program, TOOL)
 
 
 def make_run(folder, epochs=3, columns=main.COLUMNS):
@@ -69,7 +65,8 @@ def test_a_trained_run_is_drawn(trained, tmp_path):
 
 def test_without_matplotlib_a_line_says_how_to_get_it(tmp_path):
     run = make_run(tmp_path / "run")
-    result = plot(run, "--output", tmp_path / "out.png", command=("-c", WITHOUT_MATPLOTLIB))
+    (tmp_path / "start.py").write_text(WITHOUT_MATPLOTLIB)
+    result = run_program(tmp_path / "start.py", run, "--output", tmp_path / "out.png")
     assert the_error(result).endswith("pip install matplotlib")
     assert not (tmp_path / "out.png").exists()
 

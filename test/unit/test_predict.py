@@ -1,11 +1,9 @@
 """tools/predict.py, as a user runs it."""
 
 import csv
-import os
+import functools
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,15 +11,10 @@ import torch
 
 import main
 import mnasnet
-from helpers import ROOT, counts, make_images, needs_bf16, run_main, the_error
+from helpers import counts, make_images, needs_bf16, run_main, run_program, the_error
 
 CLASSES = [f"class {label}" for label in range(10)]
-
-
-def predict(*arguments, **environment):
-    command = [sys.executable, str(ROOT / "tools" / "predict.py")] + [str(a) for a in arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=300,
-                          universal_newlines=True, env=dict(os.environ, **environment))
+predict = functools.partial(run_program, "tools/predict.py")
 
 
 def lines_of(result):

@@ -1,18 +1,13 @@
 """The scripts of tools/, as a user runs them."""
 
+import functools
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from helpers import ROOT, the_error
+from helpers import run_program, the_error
 
-
-def check_data(*arguments):
-    command = [sys.executable, str(ROOT / "tools" / "check_data.py")] + [str(a) for a in arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=300,
-                          universal_newlines=True)
+check_data = functools.partial(run_program, "tools/check_data.py")
 
 
 def test_check_data_lists_the_images_that_can_not_be_read(images, tmp_path):
