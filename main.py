@@ -605,7 +605,8 @@ def wait_children(children, first_rank, received):
 
 def launch(flags, backend):
     """Starts one process per card of this node and returns their exit status."""
-    argv, processes, parent, received = flags.argv, len(flags.device_list), os.getpid(), []
+    argv, processes = flags.argv, len(flags.device_list)
+    parent, received = os.getpid(), []
     install_handler(lambda signum, frame: received.append(signum))
     os.environ.setdefault("OMP_NUM_THREADS", str(cores_per_process(processes)))
     end = argv.index("--") if "--" in argv else len(argv)  # what follows are no flags

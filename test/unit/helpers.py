@@ -86,6 +86,9 @@ def become_program(words, cwd, environment, output):
     sys.path.insert(0, os.path.dirname(words[0]))
     try:
         runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:  # without one, Python 3.7's Process would end with status 1
+            raise
     finally:
         atexit._run_exitfuncs()
 
