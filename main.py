@@ -951,6 +951,7 @@ def make_loader(images, flags, runtime, batch_size, workers, seed=None):
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=tuple,
         worker_init_fn=functools.partial(init_loader, parent),
+        multiprocessing_context="fork" if workers else None,  # Python 3.14's would copy the ring
         timeout=flags.dist_timeout if workers else 0, **persistent)
     if persistent:
         # Starts the workers with nothing to fetch: later they would inherit the memory of a step.

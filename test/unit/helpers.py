@@ -75,8 +75,10 @@ FORK_SERVER.set_forkserver_preload(["main", "torchvision.io", "torch._dynamo"])
 
 
 def become_program(words, cwd, environment, output):
-    """Makes this process of FORK_SERVER one that runs ``words``, a program and its arguments."""
-    multiprocessing.set_start_method("fork", force=True)  # of loaders; it would be forkserver
+    """Makes this process of FORK_SERVER one that runs ``words``, a program and its arguments.
+
+    There, as in Python 3.14, a process starts others by a fork server where it does not say how.
+    """
     for descriptor, path in enumerate(output, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(cwd)

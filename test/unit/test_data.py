@@ -332,6 +332,18 @@ def test_batches_of_loader_processes_are_those_of_none(images, workers, seed):
         assert first is None and count == len(loader.sampler)
 
 
+def test_loaders_share_memory_where_python_does_not_fork_by_default(images):
+    """As from Python 3.14 on."""
+    flags = parse("--dist-timeout", 60)
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        loader = main.make_loader(main.ImageFolder(str(images / "val")), flags, cpu_runtime(), 2, 1)
+        assert [arrays(loader, batch)[0].any() for batch in loader] == [True] * len(loader.sampler)
+    finally:
+        multiprocessing.set_start_method(default, force=True)
+
+
 def test_a_loader_that_stops_after_its_last_batch_is_not_waited_for(images):
     """torch 1.5 ends the loaders with the epoch."""
     others = multiprocessing.active_children()
