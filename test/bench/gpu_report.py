@@ -68,8 +68,6 @@ def parse_args(argv):
     add("--scratch", type=pathlib.Path, help=argparse.SUPPRESS)  # and a folder for its files
     flags = parser.parse_args(argv)
     flags.sizes = gpu_speed.CPU if flags.device == "cpu" else gpu_speed.CARD
-    if flags.device == "cpu":  # up to three processes compute at a time
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
     return flags
 
 
@@ -110,6 +108,8 @@ def main(argv=None):
     flags = parse_args(argv)
     if flags.section:
         return measure_section(flags)
+    if flags.device == "cpu":  # up to three of its processes compute at a time
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         trainer.select_backend(flags)
         with open(flags.output, "a") as table, open(

@@ -15,8 +15,7 @@ import torch
 import main
 import mnasnet
 from helpers import (STEADY, cpu_runtime, differences, final_loss, folders_differ, losses,
-                     parse, read_checkpoint, read_until, run_main, several, start_main,
-                     the_error)
+                     parse, read_checkpoint, read_until, run_main, several, start_main, the_error)
 
 
 class Code:
