@@ -1,12 +1,10 @@
 """Trains MnasNet on ImageNet, or on any folder of images, on Ascend NPUs, NVIDIA GPUs or the CPU.
 
-1 card      python main.py /data/imagenet --device gpu
+1 device    python main.py /data/imagenet --device npu|gpu|cpu [--recipe strong]
 all cards   python main.py /data/imagenet --multiprocessing-distributed [--device-list 0,1,2,3]
 one of them the same with --local_rank 3
 2 nodes     the same on each, with --world-size 2 --rank 0 (or 1) --dist-url tcp://node0:29500
 torchrun    torchrun --nproc_per_node 8 main.py /data/imagenet
-CPU         python main.py /data/imagenet --device cpu -b 64
-recipe      python main.py /data/imagenet --recipe strong -b 1024
 evaluate    python main.py /data/imagenet -e --resume model_best.pth.tar
 benchmark   python main.py --synthetic 5120 --epochs 1 -b 512
 
@@ -2214,6 +2212,8 @@ def main(argv=None):
     try:
         if sys.stdout is None:  # the next file that is opened would receive what C code prints
             raise UserError("stdout is closed: send it to a file or to /dev/null")
+        if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+            sys.stdout.reconfigure(errors="backslashreplace")  # for names that its encoding lacks
         backend, notes = select_backend(flags)
         if flags.multiprocessing_distributed:
             flags.device_list = select_cards(flags, backend)

@@ -27,22 +27,19 @@ def check_classes(train, val):
     for images, other in ((train, val), (val, train)):
         for name in sorted(set(images.classes) - set(other.classes)):
             path = os.path.join(images.root, name)
-            print(f"bad: {ascii(path)[1:-1]}\tclass folder missing in {other.root}")
+            print(f"bad: {repr(path)[1:-1]}\tclass folder missing in {other.root}")
     return len(set(train.classes) ^ set(val.classes))
 
 
-def check(name, images, flags):
+def check(name, images, loader):
     """Reads all images of a split, names the bad ones, and returns how many there are."""
-    runtime = trainer.Runtime(trainer.BACKENDS["cpu"], torch.device("cpu"))
-    workers = trainer.cores_per_process() if flags.workers is None else flags.workers
-    loader = trainer.make_loader(images, flags, runtime, batch_size=64, workers=workers)
     done = bad = 0
     begin = time.monotonic()
     for batch, (_, labels, unreadable) in enumerate(loader):
         done += len(labels)
         bad += len(unreadable)
         for index, reason in unreadable:
-            print(f"bad: {ascii(images.path(index))[1:-1]}\t{reason}")
+            print(f"bad: {repr(images.path(index))[1:-1]}\t{reason}")
         if batch % 100 == 0 or done == len(images):
             rate = done / (time.monotonic() - begin)
             print(f"{name}: {done} of {len(images)} images, {rate:.0f} per second",
@@ -54,15 +51,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", help="folder with train/ and val/, each with one folder per class")
     parser.add_argument("-j", "--workers", type=trainer.number(int, 0),
+                        default=trainer.cores_per_process(),
                         help="loader processes (default: one per core)")
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that its encoding lacks
     flags = trainer.parse_args([arguments.data])
-    flags.workers = arguments.workers
+    runtime = trainer.Runtime(trainer.BACKENDS["cpu"], torch.device("cpu"))
     try:
         train, val = [trainer.ImageFolder(os.path.join(arguments.data, split))
                       for split in ("train", "val")]
         different = check_classes(train, val)
-        bad = check("train", train, flags) + check("val", val, flags)
+        # Both are kept: the processes of a later one would complain when an earlier one is deleted.
+        loaders = [trainer.make_loader(images, flags, runtime, 64, arguments.workers)
+                   for images in (train, val)]
+        bad = check("train", train, loaders[0]) + check("val", val, loaders[1])
     except (trainer.UserError, RuntimeError) as error:  # torch's is of a loader that hangs
         trainer.print_error(error, program="check_data.py")
         return 1

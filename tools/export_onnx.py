@@ -96,6 +96,7 @@ def main():
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", ".*(deprecated|legacy)")  # torch 2.x says so of both formats
     torch.set_grad_enabled(False)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that its encoding lacks
     try:
         model, metadata = load_model(arguments.checkpoint, arguments.arch, arguments.size)
         batches = [torch.randn(batch, 3, *[metadata["crop_size"]] * 2) for batch in (1, 7)]

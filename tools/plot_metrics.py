@@ -68,6 +68,7 @@ def main():
     parser.add_argument("runs", nargs="+", metavar="DIR", help="folder with metrics.csv")
     parser.add_argument("--output", required=True, metavar="FILE.png", help="image to write")
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that its encoding lacks
     names = [os.path.basename(os.path.abspath(folder)) for folder in arguments.runs]
     if len(set(names)) < len(names):
         names = arguments.runs

@@ -58,9 +58,10 @@ def test_an_averaged_model_is_drawn_beside_the_trained_one(tmp_path):
 
 def test_a_trained_run_is_drawn(trained, tmp_path):
     pytest.importorskip("matplotlib")
-    result = plot(trained[0], "--output", tmp_path / "without ending")
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "without ending").read_bytes()[:4] == b"\x89PNG"
+    path = tmp_path / "without ending, but an ü"
+    result = plot(trained[0], "--output", path, PYTHONIOENCODING="ascii")
+    assert result.returncode == 0 and r"but an \xfc" in result.stdout, result.stderr
+    assert path.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_without_matplotlib_a_line_says_how_to_get_it(tmp_path):

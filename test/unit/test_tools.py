@@ -12,7 +12,7 @@ check_data = functools.partial(run_program, "tools/check_data.py")
 
 def test_check_data_lists_the_images_that_can_not_be_read(images, tmp_path):
     shutil.copytree(str(images), str(tmp_path / "data"))
-    bad = [tmp_path / "data" / split / "class 1" / "0 bad.jpg" for split in ("train", "val")]
+    bad = [tmp_path / "data" / split / "class 1" / "0 bäd.jpg" for split in ("train", "val")]
     for path in bad:
         path.write_bytes(b"<html>")
     result = check_data(tmp_path / "data", "-j", 2)
@@ -25,8 +25,10 @@ def test_check_data_lists_the_images_that_can_not_be_read(images, tmp_path):
 @pytest.mark.parametrize("workers", [
     [], pytest.param(["-j", 0], marks=pytest.mark.slow)], ids=["default", "none"])
 def test_check_data_of_good_images(images, workers):
-    result = check_data(images, *workers)
+    result = check_data(images, *workers, LANG="C")  # a real start: it collects garbage later
     assert result.returncode == 0 and result.stdout == "0 bad image(s)\n", result.stderr
+    progress = [line.rsplit(", ", 1)[0] for line in result.stderr.splitlines()]
+    assert progress == ["train: 32 of 32 images", "val: 31 of 31 images"]
 
 
 def test_check_data_names_the_classes_that_differ(images, tmp_path):
