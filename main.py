@@ -176,7 +176,7 @@ def parse_args(argv=None):
     add("data", nargs="?", help="folder with train/ and val/, each with one folder per class")
     add("--recipe", choices=sorted(RECIPES), help="set of defaults for the flags below")
     add("--synthetic", type=count(1), help="train and evaluate on this many generated images")
-    add("-j", "--workers", type=count(0), help="loaders per process (default: cores / processes)")
+    add("-j", "--workers", type=count(0), help="loaders per process (default: its cores, up to 32)")
     add("--train-crop-size", type=count(32), default=224, help="side of a training crop, pixels")
     add("--train-crop-scale", type=real(tiny, 1), default=0.08, help="least area of it, a fraction")
     add("--val-crop-size", type=count(32), default=224, help="side of the center crop, pixels")
@@ -2106,7 +2106,8 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
     seed_everything(seed, deterministic=flags.seed is not None)
     precision = Precision(flags, runtime)
     batch_size = flags.batch_size // runtime.local_size
-    workers = cores_per_process(runtime.local_size) if flags.workers is None else flags.workers
+    cores = min(32, cores_per_process(runtime.local_size))  # as many loaders feed any card
+    workers = cores if flags.workers is None else flags.workers
     total, available = batch_size * runtime.world_size, len(train_images or val_images)
     if total < 1 or (train_images and total > available):
         raise UserError(f"--batch-size {flags.batch_size} gives steps of {total} images: expected "

@@ -311,6 +311,18 @@ def arrays(loader, batch):
     return loader.dataset.ring[slot, :len(labels)], labels
 
 
+@pytest.mark.parametrize("cores,arguments,expected", [
+    (3, [], 3), (256, [], 32), (256, ["--workers", 40], 40)])
+def test_the_number_of_loaders(monkeypatch, cores, arguments, expected):
+    seen = []
+    monkeypatch.setattr(main, "cores_per_process", lambda processes: cores // processes)
+    monkeypatch.setattr(main, "make_loader", lambda *given: seen.append(given[4]))
+    flags = main.parse_args(["--synthetic", "1000", *map(str, arguments)])
+    runtime = cpu_runtime()
+    main.build_run(flags, runtime, main.ProcessGroup(flags, runtime), "", {}, None)
+    assert seen == [expected] * 2  # for training and for evaluation
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("seed", [4, None], ids=["training", "evaluation"])
 def test_batches_of_loader_processes_are_those_of_none(images, workers, seed):
