@@ -99,10 +99,10 @@ def machine_error(error):
         return f"{first_line(error)}: raise --batch-size or --train-crop-size"
     if text.startswith("DataLoader") or isinstance(error, EOFError):
         return f"{first_line(error)}: a loader was killed, a file hangs, or no memory is left"
-    exhausted = re.search("[Oo]ut of memory|allocate memory|[Oo]pen files", text)
+    exhausted = re.search("[Oo]ut of memory|allocate memory|[Oo]pen files|new thread", text)
     if exhausted or isinstance(error, (OSError, MemoryError)):
         last = text.splitlines()[-1 if "Traceback" in text else 0]  # a loader's comes first
-        return f"{last}: free memory or disk space, or lower --workers or --batch-size"
+        return f"{last}: free memory or disk, raise a ulimit, or lower --workers or --batch-size"
     return ""
 
 def install_handler(handler):
@@ -570,7 +570,7 @@ class ProcessGroup:
 
     def report(self, error):
         """Prints an error, unless another rank has reported one: they would repeat each other."""
-        with self.time_limit(8, error), contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError), self.time_limit(8, error):
             if self.size > 1 and self.store.add("error", 1) > 1:
                 return
         print_error(error, self.rank if self.size > 1 else None)

@@ -221,6 +221,19 @@ def test_an_error_of_a_collective_names_the_silent_ranks(monkeypatch, message):
     assert group.describe(RuntimeError(message)).startswith("rank 0, rank 1 does not respond")
 
 
+def test_where_no_thread_can_be_started_one_line_says_so(monkeypatch, capsys):
+    """As under a limit of processes, which the group's own threads are counted in."""
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    group = main.ProcessGroup(parse(), main.Runtime(main.BACKENDS["cpu"], "cpu"))
+    monkeypatch.setattr(main.threading.Timer, "start", refuse)
+    group.report(group.describe(RuntimeError("can't start new thread")))
+    error = capsys.readouterr().err
+    assert error.startswith("main.py: error: can't start new thread: ") and error.count("\n") == 1
+    assert "ulimit" in error
+
+
 @pytest.mark.parametrize("error", [
     RuntimeError("DataLoader timed out after 5 seconds"), OSError("Connection refused")])
 def test_an_error_of_the_machine_names_no_rank(error):
