@@ -629,6 +629,7 @@ def launch(flags, backend):
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue, from torchvision's references
 STD = (0.229, 0.224, 0.225)
+MAX_LOADERS = 32  # of a process, unless it is told otherwise; as many feed any card
 LARGE_JPEG = 2 ** 18  # bytes; a photo that is worth decoding at a fraction of its resolution
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million: a loader stays below 1.5 GB
 
@@ -2106,7 +2107,7 @@ def build_run(flags, runtime, group, notes, checkpoint, path):
     seed_everything(seed, deterministic=flags.seed is not None)
     precision = Precision(flags, runtime)
     batch_size = flags.batch_size // runtime.local_size
-    cores = min(32, cores_per_process(runtime.local_size))  # as many loaders feed any card
+    cores = min(MAX_LOADERS, cores_per_process(runtime.local_size))
     workers = cores if flags.workers is None else flags.workers
     total, available = batch_size * runtime.world_size, len(train_images or val_images)
     if total < 1 or (train_images and total > available):

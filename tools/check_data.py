@@ -51,8 +51,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", help="folder with train/ and val/, each with one folder per class")
     parser.add_argument("-j", "--workers", type=trainer.number(int, 0),
-                        default=trainer.cores_per_process(),
-                        help="loader processes (default: one per core)")
+                        default=min(trainer.MAX_LOADERS, trainer.cores_per_process()),
+                        help="loader processes (default: one per core, up to 32)")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that its encoding lacks
     flags = trainer.parse_args([arguments.data])

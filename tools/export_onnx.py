@@ -91,8 +91,7 @@ def main():
     add("out", help="file to write")
     add("--torchscript", action="store_true", help="write TorchScript")
     add("-a", "--arch", choices=mnasnet.ARCHITECTURES, help="(default: that of the checkpoint)")
-    add("--size", type=trainer.number(int, 32, 4096),
-        help="crop size (default: that of the checkpoint)")
+    add("--size", type=trainer.number(int, 32, 4096), help="crop (default: the checkpoint's)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", ".*(deprecated|legacy)")  # torch 2.x says so of both formats
     torch.set_grad_enabled(False)

@@ -86,7 +86,8 @@ def main():
     arguments = parser.parse_intermixed_args()
     model, classes, flags, runtime, precision = load_model(arguments.checkpoint, arguments.flags)
     images, names = Images(arguments.paths, classes), classes + [""]  # label -1 has no name
-    workers = min(trainer.cores_per_process(), len(images) // flags.batch_size)
+    workers = min(trainer.MAX_LOADERS, trainer.cores_per_process(),
+                  len(images) // flags.batch_size)
     loader = trainer.make_loader(images, flags, runtime, flags.batch_size, workers)
     ranks, rows = range(1, min(arguments.topk, len(classes)) + 1), []
     head = sum(([f"class {n}", f"probability {n}"] for n in ranks), ["path", "true class"])

