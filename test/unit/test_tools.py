@@ -22,8 +22,8 @@ def test_check_data_lists_the_images_that_can_not_be_read(images, tmp_path):
     assert all(line.split("\t")[1] for line in lines)
 
 
-@pytest.mark.parametrize("workers", [
-    [], pytest.param(["-j", 0], marks=pytest.mark.slow)], ids=["default", "none"])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [[], ["-j", 0]], ids=["default", "none"])
 def test_check_data_of_good_images(images, workers):
     result = check_data(images, *workers, LANG="C")  # a real start: it collects garbage later
     assert result.returncode == 0 and result.stdout == "0 bad image(s)\n", result.stderr
