@@ -570,7 +570,7 @@ class ProcessGroup:
 
     def report(self, error):
         """Prints an error, unless another rank has reported one: they would repeat each other."""
-        with contextlib.suppress(RuntimeError), self.time_limit(8, error):
+        with contextlib.suppress(RuntimeError), self.time_limit(8, error):  # of its thread, too
             if self.size > 1 and self.store.add("error", 1) > 1:
                 return
         print_error(error, self.rank if self.size > 1 else None)

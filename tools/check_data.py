@@ -31,8 +31,9 @@ def check_classes(train, val):
     return len(set(train.classes) ^ set(val.classes))
 
 
-def check(name, images, loader):
+def check(name, loader):
     """Reads all images of a split, names the bad ones, and returns how many there are."""
+    images = loader.dataset.images
     done = bad = 0
     begin = time.monotonic()
     for batch, (_, labels, unreadable) in enumerate(loader):
@@ -64,7 +65,7 @@ def main():
         # Both are kept: the processes of a later one would complain when an earlier one is deleted.
         loaders = [trainer.make_loader(images, flags, runtime, 64, arguments.workers)
                    for images in (train, val)]
-        bad = check("train", train, loaders[0]) + check("val", val, loaders[1])
+        bad = check("train", loaders[0]) + check("val", loaders[1])
     except (trainer.UserError, RuntimeError) as error:  # torch's is of a loader that hangs
         trainer.print_error(error, program="check_data.py")
         return 1

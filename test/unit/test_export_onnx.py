@@ -220,14 +220,18 @@ def test_a_difference_is_an_error_and_leaves_the_old_file(trained, tmp_path, opt
 
 
 @pytest.mark.slow
+def test_a_name_that_stdout_can_not_show(trained, tmp_path):
+    result = run_program(TOOL, best(trained), "ü", "--torchscript", cwd=tmp_path,
+                         PYTHONIOENCODING="ascii")
+    assert result.returncode == 0 and r"=> \xfc: {" in result.stdout, result.stderr
+
+
+@pytest.mark.slow
 def test_it_says_what_is_wrong(trained, tmp_path):
     def error(*arguments):
         return the_error(run_program(TOOL, *arguments, cwd=tmp_path))
 
     (tmp_path / "page.html").write_text("<html>")
-    named = run_program(TOOL, best(trained), "ü", "--torchscript", cwd=tmp_path,
-                        PYTHONIOENCODING="ascii")
-    assert named.returncode == 0 and r"=> \xfc: {" in named.stdout, named.stderr
     torch.save({"weight": torch.zeros(3)}, str(tmp_path / "layer.pth"))
     torch.save({"state_dict": 1, "flags": 2}, str(tmp_path / "numbers.pth"))
     assert "page.html can't be read as a checkpoint" in error("page.html", "model.onnx")
